@@ -1,0 +1,46 @@
+# make train | make test | make check | make bench | make gpu-check
+# Each target sets up .venv by itself; PYTHON picks the interpreter (3.10 or later).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Tests run on every core; the kernels' stand-in and BLAS keep to one thread a process.
+JOBS ?= auto
+
+.PHONY: train test check bench gpu-check format clean
+
+train: $(VENV)/.train
+	$(BIN)/gpuconv train digits $(ARGS)
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -q -n $(JOBS) $(ARGS)
+
+check: $(VENV)/.check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.bench
+	env -u OPENBLAS_CORETYPE $(BIN)/gpuconv bench $(ARGS)
+
+# Needs an NVIDIA GPU and an environment with CuPy (GPU_PYTHON); exits non-zero without one.
+GPU_PYTHON ?= $(PYTHON)
+gpu-check:
+	$(GPU_PYTHON) -m benchmarks.gpu_check $(ARGS)
+
+format: $(VENV)/.check
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(VENV)/bin/python:
+	@echo "== creating $(VENV) with $$($(PYTHON) --version)"
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.train $(VENV)/.test $(VENV)/.check $(VENV)/.bench: $(VENV)/.%: pyproject.toml | $(VENV)/bin/python
+	@echo "== installing gpuconv[$*] into $(VENV)"
+	$(PIP) install --quiet --editable ".[$*]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

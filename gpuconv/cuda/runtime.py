@@ -1,0 +1,70 @@
+"""The one place where CuPy is imported, and where another module may stand in for it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+__all__ = ["cupy", "install", "loaded", "named_range", "uninstall"]
+
+_stand_in: Any = None
+
+
+def cupy() -> Any:
+    """Return CuPy, importing it if need be.
+
+    Raises
+    ------
+    ImportError
+        Or whatever else CuPy's own import raises.
+    """
+    if _stand_in is not None:
+        return _stand_in
+    import cupy
+
+    return cupy
+
+
+def loaded() -> Any | None:
+    """Return CuPy if it is imported already, else None: no array of it exists then."""
+    if _stand_in is not None:
+        return _stand_in
+    module = sys.modules.get("cupy")
+    # While another thread imports it, or after a failed import, it has no arrays yet.
+    return module if hasattr(module, "ndarray") else None
+
+
+def install(module: Any) -> None:
+    """Use ``module`` in the place of CuPy (the tests run the kernels without a GPU so)."""
+    global _stand_in
+    _stand_in = module
+    _forget()
+
+
+def uninstall() -> None:
+    """Go back to CuPy itself."""
+    global _stand_in
+    _stand_in = None
+    _forget()
+
+
+def _forget() -> None:
+    """Drop what was decided or compiled for the other module."""
+    from gpuconv import device
+    from gpuconv.cuda import kernels
+
+    device.reset()
+    kernels.clear()
+
+
+@contextmanager
+def named_range(name: str) -> Iterator[None]:
+    """Show the calls inside as one named NVTX range in a profiler's timeline."""
+    nvtx = cupy().cuda.nvtx
+    nvtx.RangePush(name)
+    try:
+        yield
+    finally:
+        nvtx.RangePop()

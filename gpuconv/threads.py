@@ -1,0 +1,99 @@
+"""Threads for the CPU engines: a worker per core, BLAS held to one thread inside.
+
+The work is divided *statically*: worker k always gets the same share, so sums over workers
+are added in the same order and results repeat bit for bit.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+from gpuconv import settings
+
+__all__ = ["run", "shares", "single_threaded_blas"]
+
+_lock = threading.Lock()
+_pool: ThreadPoolExecutor | None = None
+_pool_size = 0
+_blas: Any = None
+_limiter: Any = None
+_depth = 0
+
+
+@contextmanager
+def single_threaded_blas() -> Iterator[None]:
+    """Hold BLAS to one thread, for the process, until the last user of this leaves.
+
+    The limit belongs to the process, so concurrent callers share it: the first to enter sets
+    it and the last to leave restores it.
+    """
+    global _blas, _limiter, _depth
+    with _lock:
+        if _depth == 0:
+            if _blas is None:
+                from threadpoolctl import ThreadpoolController
+
+                _blas = ThreadpoolController().select(user_api="blas")
+            _limiter = _blas.limit(limits=1)
+        _depth += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _depth -= 1
+            if _depth == 0:
+                _limiter.restore_original_limits()
+                _limiter = None
+
+
+def shares(count: int, workers: int) -> list[range]:
+    """Divide ``range(count)`` into at most ``workers`` contiguous, nearly equal ranges."""
+    workers = max(1, min(workers, count))
+    bounds = [count * k // workers for k in range(workers + 1)]
+    return [range(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+
+
+def run(work: Callable[[int], None], workers: int) -> None:
+    """Call ``work(0)`` to ``work(workers - 1)``, at the same time, and wait for all.
+
+    The calling thread takes number 0. The first exception is raised when all have ended.
+    """
+    if workers == 1:
+        work(0)
+        return
+    pool = _executor(workers - 1)
+    futures = [pool.submit(work, k) for k in range(1, workers)]
+    try:
+        work(0)
+    finally:
+        errors = [f.exception() for f in futures]
+    for error in errors:
+        if error is not None:
+            raise error
+
+
+def _executor(size: int) -> ThreadPoolExecutor:
+    global _pool, _pool_size
+    with _lock:
+        if _pool is None or _pool_size < size:
+            old = _pool
+            _pool_size = max(size, settings.get_num_threads() - 1)
+            _pool = ThreadPoolExecutor(_pool_size, thread_name_prefix="gpuconv")
+            if old is not None:
+                old.shutdown(wait=False)
+        return _pool
+
+
+def _after_fork() -> None:
+    """A child process has none of its parent's threads, and no lock that one of them held."""
+    global _pool, _pool_size, _lock, _depth, _limiter
+    _pool, _pool_size, _lock, _depth, _limiter = None, 0, threading.Lock(), 0, None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
