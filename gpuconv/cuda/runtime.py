@@ -52,11 +52,13 @@ def uninstall() -> None:
 
 def _forget() -> None:
     """Drop what was decided or compiled for the other module."""
-    from gpuconv import device
+    from gpuconv import dispatch
     from gpuconv.cuda import kernels
+    from gpuconv.device import reset
 
-    device.reset()
+    reset()
     kernels.clear()
+    dispatch.clear()
 
 
 @contextmanager
