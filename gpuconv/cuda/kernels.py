@@ -1,0 +1,205 @@
+"""Finding, specialising, compiling and launching the sources of ``kernels/``.
+
+A :class:`Variant` is a source file with its compile-time constants. It is compiled when it is
+first launched on a device; CuPy keeps the binaries on disk between runs. Files of ``kernels/``
+that a source includes become part of its text, so that a change in one of them is seen by
+that cache.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from gpuconv.activations import Activation, Affine, ELU, GELU, LeakyReLU, SELU
+from gpuconv.cuda import runtime
+
+__all__ = ["Variant", "activation_defines", "clear", "grid_for", "launch", "read", "variants"]
+
+#: Threads of a block for the elementwise-like kernels.
+BLOCK = 256
+
+_DTYPES = {"float16": "F16", "float32": "F32", "float64": "F64"}
+_lock = threading.Lock()
+_modules: dict[tuple[int, Variant], Any] = {}
+_functions: dict[tuple[int, Variant, str], Any] = {}
+_multiprocessors: dict[int, int] = {}
+
+
+def folder() -> Path:
+    """Return the folder of the sources: in the wheel, else beside the package.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the installation lacks them.
+    """
+    package = Path(__file__).resolve().parent.parent
+    for place in (package / "kernels", package.parent / "kernels"):
+        if (place / "common.cuh").is_file():
+            return place
+    raise FileNotFoundError(
+        f"no CUDA sources beside {package}; expected the folder 'kernels': reinstall gpuconv"
+    )
+
+
+@lru_cache(maxsize=None)
+def read(name: str) -> str:
+    """Return a source with the project's own headers in the place of their ``#include``."""
+    seen: set[str] = set()
+
+    def expand(file: str) -> str:
+        if file in seen:
+            return ""
+        seen.add(file)
+        lines = []
+        text = (folder() / file).read_text(encoding="utf-8")
+        for number, line in enumerate(text.splitlines(), 1):
+            match = re.fullmatch(r'#include "([\w.]+)"', line.strip())
+            if match:
+                lines.append(f'#line 1 "{match[1]}"')
+                lines.append(expand(match[1]))
+                lines.append(f'#line {number + 1} "{file}"')
+            elif line.strip() != "#pragma once":
+                lines.append(line)
+            else:
+                lines.append("")
+        return "\n".join(lines)
+
+    return f'#line 1 "{name}"\n{expand(name)}\n'
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A source file with its compile-time constants.
+
+    Parameters
+    ----------
+    file : str
+        Name in ``kernels/``.
+    dtype : str
+        Of the tensors.
+    defines : tuple of (str, str)
+        Constants in sorted order.
+    functions : tuple of str
+        Kernels it holds.
+    """
+
+    file: str
+    dtype: str
+    defines: tuple[tuple[str, str], ...]
+    functions: tuple[str, ...]
+
+    @property
+    def source(self) -> str:
+        """The text to compile."""
+        return read(self.file)
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """What the compiler is told."""
+        constants = [f"-D{name}={value}" for name, value in self.defines]
+        return ("-std=c++17", f"-DDTYPE_{_DTYPES[self.dtype]}=1", *constants)
+
+
+def suffix(dtype: str) -> str:
+    """Return the end of the names of kernels of this dtype: ``f32``."""
+    return _DTYPES[dtype].lower()
+
+
+# The numbers of kernels/activations.cuh.
+_ACTIVATIONS = {
+    "Identity": 0,
+    "Affine": 1,
+    "ReLU": 2,
+    "LeakyReLU": 3,
+    "ELU": 4,
+    "SELU": 5,
+    "GELU": 6,
+    "Tanh": 8,
+    "Sigmoid": 9,
+    "HardSigmoid": 10,
+    "SoftPlus": 11,
+    "Exponential": 12,
+}
+
+
+def activation_defines(activation: Activation | None) -> dict[str, str]:
+    """Return the constants that choose an activation in ``activations.cuh``."""
+    if activation is None:
+        return {"ACT": "0"}
+    code = _ACTIVATIONS[type(activation).__name__]
+    first = second = 0.0
+    if isinstance(activation, Affine):
+        first, second = activation.slope, activation.intercept
+    elif isinstance(activation, (LeakyReLU, ELU)):
+        first = activation.alpha
+    elif isinstance(activation, SELU):
+        first, second = activation.alpha, activation.scale
+    elif isinstance(activation, GELU) and not activation.approximate:
+        code += 1
+    defines = {"ACT": str(code)}
+    if first or second:
+        defines |= {"ACT_A": f"({float(first)!r})", "ACT_B": f"({float(second)!r})"}
+    return defines
+
+
+def _function(variant: Variant, name: str, device: int) -> Any:
+    key = (device, variant, name)
+    found = _functions.get(key)
+    if found is None:
+        with _lock:
+            module = _modules.get((device, variant))
+            if module is None:
+                module = runtime.cupy().RawModule(
+                    code=variant.source, options=variant.options, backend="nvrtc"
+                )
+                _modules[device, variant] = module
+            found = _functions[key] = module.get_function(name)
+    return found
+
+
+def grid_for(work: int, device: int, block: int = BLOCK) -> int:
+    """Return the blocks of a grid-stride launch: enough for ``work`` threads, or to fill the device."""
+    count = _multiprocessors.get(device)
+    if count is None:
+        attributes = runtime.cupy().cuda.Device(device).attributes
+        count = _multiprocessors[device] = int(attributes["MultiProcessorCount"])
+    return max(1, min(-(-work // block), 32 * count))
+
+
+def launch(
+    variant: Variant,
+    name: str,
+    device: int,
+    grid: Sequence[int],
+    block: Sequence[int],
+    args: tuple[Any, ...],
+    shared_bytes: int = 0,
+) -> None:
+    """Launch a kernel on the current stream of ``device``, the current device."""
+    kernel = _function(variant, name, device)
+    if shared_bytes:
+        kernel(tuple(grid), tuple(block), args, shared_mem=shared_bytes)
+    else:
+        kernel(tuple(grid), tuple(block), args)
+
+
+def clear() -> None:
+    """Forget what was compiled."""
+    with _lock:
+        _modules.clear()
+        _functions.clear()
+        _multiprocessors.clear()
+
+
+def variants() -> Iterator[Variant]:
+    """Yield variants that between them compile every kernel with every kind of constant."""
+    from gpuconv.engines import cuda_atomic
+
+    yield from cuda_atomic.sample_variants()

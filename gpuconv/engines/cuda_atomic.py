@@ -1,0 +1,196 @@
+"""One thread per output element, atomics for the gradients: ``kernels/conv_atomic.cu``.
+
+The readable reference on the GPU. Its sums arrive in any order, so it is not deterministic.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from gpuconv.activations import ELU, GELU, SELU, Activation, Affine, LeakyReLU, get_activation
+from gpuconv.cuda import kernels, runtime
+from gpuconv.engines.base import Engine, Pass
+from gpuconv.problem import CHANNELS_FIRST, ConvProblem
+
+__all__ = ["CudaAtomic", "sample_variants"]
+
+Array = Any
+
+_NULL = np.uintp(0)
+
+
+@lru_cache(maxsize=1024)
+def _variant(
+    dtype: str,
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    dilation: tuple[int, ...],
+    channels_first: bool,
+    wide_index: bool,
+    activation: Activation | None,
+) -> kernels.Variant:
+    """Return the specialisation of ``conv_atomic.cu``."""
+    defines = {
+        "KH": str(kernel[0]),
+        "KW": str(kernel[1]),
+        "SH": str(stride[0]),
+        "SW": str(stride[1]),
+        "DH": str(dilation[0]),
+        "DW": str(dilation[1]),
+        "CHANNELS_FIRST": str(int(channels_first)),
+        **kernels.activation_defines(activation),
+    }
+    if wide_index:
+        defines["INDEX_64"] = "1"
+    end = kernels.suffix(dtype)
+    functions = (f"conv2d_forward_atomic_{end}", f"conv2d_backward_atomic_{end}")
+    return kernels.Variant("conv_atomic.cu", dtype, tuple(sorted(defines.items())), functions)
+
+
+def sample_variants() -> Iterator[kernels.Variant]:
+    """Yield variants that between them hold every dtype, layout, index and activation."""
+    plain = ((3, 3), (1, 1), (1, 1))
+    for dtype in CudaAtomic.dtypes:
+        for first in (False, True):
+            yield _variant(dtype, *plain, first, False, get_activation("ReLU"))
+        yield _variant(dtype, (5, 2), (2, 1), (1, 3), False, True, None)
+    extra = (Affine(2, 1), LeakyReLU(0.1), ELU(0.5), SELU(), GELU(), GELU(approximate=False))
+    named = tuple(map(get_activation, ("Tanh", "Sigmoid", "HardSigmoid", "SoftPlus", "Exponential")))
+    for activation in (*extra, *named):
+        for dtype in ("float32", "float64"):
+            yield _variant(dtype, *plain, False, False, activation)
+
+
+class CudaAtomic(Engine):
+    """The mission's kernel: each thread adds its window's contribution with atomics."""
+
+    name = "cuda_atomic"
+    device_kind = "cuda"
+    deterministic = False
+    fused_backward = True
+    ndims = (2,)
+
+    def cost(self, problem: ConvProblem, pass_: Pass) -> float:
+        """Return the time at the rate of scattered loads or, for gradients, of atomics."""
+        return 1e-5 + problem.flops / (5e11 if pass_ == "forward" else 2e10)
+
+    def workspace(self, problem: ConvProblem, pass_: Pass) -> int:
+        """Return the bytes of the float32 sums of float16 gradients."""
+        if problem.dtype != "float16" or pass_ == "forward":
+            return 0
+        return 4 * math.prod(problem.x_shape if pass_ == "input_grad" else problem.w_shape)
+
+    def forward(self, problem: ConvProblem, x: Array, w: Array, b: Array | None, y: Array) -> None:
+        """Write ``act(conv(x, w) + b)`` into ``y``."""
+        xp = runtime.cupy()
+        y_memory = _image(problem, y)
+        result = y_memory if y_memory.flags.c_contiguous else xp.empty(y_memory.shape, y.dtype)
+        self._launch(
+            problem,
+            "conv2d_forward_atomic",
+            (
+                xp.ascontiguousarray(_image(problem, x)),
+                xp.ascontiguousarray(_weights(problem, w)),
+                _NULL if b is None else xp.ascontiguousarray(b),
+                result,
+            ),
+        )
+        if result is not y_memory:
+            y_memory[...] = result
+
+    def input_grad(self, problem: ConvProblem, dz: Array, w: Array, dx: Array) -> None:
+        """Write the gradient with respect to ``x`` into ``dx``."""
+        self.backward(problem, dz, None, w, None, dx, None, None)
+
+    def weight_grad(
+        self, problem: ConvProblem, dz: Array, x: Array, dw: Array | None, db: Array | None
+    ) -> None:
+        """Write the gradients with respect to ``w`` and ``b`` into those of ``dw``, ``db`` given."""
+        self.backward(problem, dz, x, None, None, None, dw, db)
+
+    def backward(
+        self,
+        problem: ConvProblem,
+        dy: Array,
+        x: Array | None,
+        w: Array | None,
+        y: Array | None,
+        dx: Array | None,
+        dw: Array | None,
+        db: Array | None,
+    ) -> None:
+        """Add every output element's contributions into the gradients asked for, in one launch."""
+        xp = runtime.cupy()
+        sums, results = [], []
+        for view, place in ((dx, _image), (dw, _weights), (db, None)):
+            if view is None:
+                sums.append(_NULL)
+                continue
+            target = view if place is None else place(problem, view)
+            wide = xp.float32 if target.dtype == xp.float16 else target.dtype
+            if target.dtype == wide and target.flags.c_contiguous:
+                total = target
+                total.fill(0)
+            else:
+                total = xp.zeros(target.shape, wide)
+                results.append((target, total))
+            sums.append(total)
+        inputs = (
+            xp.ascontiguousarray(_image(problem, dy)),
+            _NULL if y is None else xp.ascontiguousarray(_image(problem, y)),
+            _NULL if x is None else xp.ascontiguousarray(_image(problem, x)),
+            _NULL if w is None else xp.ascontiguousarray(_weights(problem, w)),
+        )
+        self._launch(problem, "conv2d_backward_atomic", (*inputs, *sums))
+        for target, total in results:
+            target[...] = total
+
+    @staticmethod
+    def _launch(problem: ConvProblem, name: str, arrays: tuple[Any, ...]) -> None:
+        """Launch over the output elements, on the current device and its current stream."""
+        device = int(runtime.cupy().cuda.runtime.getDevice())
+        elements = math.prod(problem.y_shape)
+        grid = kernels.grid_for(elements, device)
+        # The largest offset, and the grid stride's overshoot, must fit the index.
+        largest = max(math.prod(problem.x_shape), math.prod(problem.w_shape), elements)
+        variant = _variant(
+            problem.dtype,
+            problem.kernel,
+            problem.stride,
+            problem.dilation,
+            problem.layout == CHANNELS_FIRST,
+            largest + grid * kernels.BLOCK >= 2**31,
+            problem.activation,
+        )
+        sizes = (
+            problem.batch,
+            *problem.in_shape,
+            problem.in_channels,
+            *problem.out_shape,
+            problem.out_channels,
+            *(before for before, _ in problem.padding),
+            problem.groups,
+        )
+        kernels.launch(
+            variant,
+            f"{name}_{kernels.suffix(problem.dtype)}",
+            device,
+            (grid,),
+            (kernels.BLOCK,),
+            (*arrays, *map(np.int32, sizes)),
+        )
+
+
+def _image(problem: ConvProblem, view: Array) -> Array:
+    """Return a channels-last view in the order of the caller's memory."""
+    return view.transpose(0, 3, 1, 2) if problem.layout == CHANNELS_FIRST else view
+
+
+def _weights(problem: ConvProblem, view: Array) -> Array:
+    """Return weights seen channels last in the order of the caller's memory."""
+    return view.transpose(3, 2, 0, 1) if problem.layout == CHANNELS_FIRST else view
