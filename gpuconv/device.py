@@ -293,8 +293,10 @@ def asarray(a: Any, device: Device | str | None = None, dtype: Any = None) -> Ar
     with cupy.cuda.Device(where.index):
         if here == where:
             return a if dtype is None else a.astype(dtype, copy=False)
-        return cupy.array(a, dtype=dtype) if here == CPU or here is None else cupy.asarray(
-            a.get(), dtype=dtype
+        return (
+            cupy.array(a, dtype=dtype)
+            if here == CPU or here is None
+            else cupy.asarray(a.get(), dtype=dtype)
         )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 from gpuconv import settings
 from gpuconv.device import probe
@@ -58,7 +58,7 @@ class EngineInfo:
         return f"{self.name:16} {self.device:5} {state}"
 
 
-@lru_cache(maxsize=None)
+@cache
 def get_engine(name: str) -> Engine:
     """Return the engine of this name.
 

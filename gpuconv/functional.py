@@ -416,7 +416,9 @@ def _plan(
             raise ValueError(f"{name} has shape {shape}; expected a {what} of at least 1")
     count = _integer("groups", groups, 1, "a positive integer")
     if in_ch % count:
-        raise ValueError(f"groups is {count}; expected a divisor of the {in_ch} input channels of x")
+        raise ValueError(
+            f"groups is {count}; expected a divisor of the {in_ch} input channels of x"
+        )
     if out_ch % count:
         raise ValueError(
             f"groups is {count}; expected a divisor of the {out_ch} output channels of w"
@@ -562,7 +564,8 @@ def _needs(needs: Iterable[str]) -> tuple[bool, bool, bool]:
 def _arrays(nd: int, arrays: dict[str, Array | None]) -> Device:
     """Check that the arrays are such, of one float dtype, on one device; return the device."""
     where: Device | None = None
-    first = dtype = None
+    first: str = ""
+    dtype: Any = None
     for name, array in arrays.items():
         if array is None:
             if name in ("b", "y"):
@@ -575,9 +578,7 @@ def _arrays(nd: int, arrays: dict[str, Array | None]) -> Device:
                 "(gpuconv.asarray makes one)"
             )
         if array.dtype.kind != "f" or array.dtype.name not in _FLOATS:
-            raise TypeError(
-                f"{name} has dtype {array.dtype}; expected one of {', '.join(_FLOATS)}"
-            )
+            raise TypeError(f"{name} has dtype {array.dtype}; expected one of {', '.join(_FLOATS)}")
         if where is None:
             where, first, dtype = here, name, array.dtype
             continue

@@ -12,11 +12,11 @@ import re
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from gpuconv.activations import Activation, Affine, ELU, GELU, LeakyReLU, SELU
+from gpuconv.activations import ELU, GELU, SELU, Activation, Affine, LeakyReLU
 from gpuconv.cuda import runtime
 
 __all__ = ["Variant", "activation_defines", "clear", "grid_for", "launch", "read", "variants"]
@@ -48,7 +48,7 @@ def folder() -> Path:
     )
 
 
-@lru_cache(maxsize=None)
+@cache
 def read(name: str) -> str:
     """Return a source with the project's own headers in the place of their ``#include``."""
     seen: set[str] = set()

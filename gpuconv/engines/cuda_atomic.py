@@ -60,7 +60,9 @@ def sample_variants() -> Iterator[kernels.Variant]:
             yield _variant(dtype, *plain, first, False, get_activation("ReLU"))
         yield _variant(dtype, (5, 2), (2, 1), (1, 3), False, True, None)
     extra = (Affine(2, 1), LeakyReLU(0.1), ELU(0.5), SELU(), GELU(), GELU(approximate=False))
-    named = tuple(map(get_activation, ("Tanh", "Sigmoid", "HardSigmoid", "SoftPlus", "Exponential")))
+    named = tuple(
+        map(get_activation, ("Tanh", "Sigmoid", "HardSigmoid", "SoftPlus", "Exponential"))
+    )
     for activation in (*extra, *named):
         for dtype in ("float32", "float64"):
             yield _variant(dtype, *plain, False, False, activation)

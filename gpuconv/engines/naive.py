@@ -18,7 +18,7 @@ from gpuconv.problem import ConvProblem
 
 __all__ = ["Naive"]
 
-Array = np.ndarray[Any, Any]
+Array = Any
 
 
 def _wide(dtype: str) -> str:
@@ -110,7 +110,7 @@ class Naive(Engine):
         wide = _wide(problem.dtype)
         in_group = problem.in_channels // problem.groups
         out_group = problem.out_channels // problem.groups
-        sums = [None if a is None else np.zeros(a.shape, wide) for a in (dx, dw, db)]
+        sums: list[Array] = [None if a is None else np.zeros(a.shape, wide) for a in (dx, dw, db)]
         dx_sum, dw_sum, db_sum = sums
         for position, inside in _windows(problem):
             for n in range(problem.batch):

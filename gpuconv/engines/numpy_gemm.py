@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from gpuconv import settings, threads
-from gpuconv.engines.base import Engine, Pass, bias_grad, epilogue_grad
+from gpuconv.activations import Activation
+from gpuconv.engines.base import Engine, Pass, epilogue_grad
 from gpuconv.engines.windows import (
     Axis,
     Block,
@@ -37,6 +38,8 @@ Array = np.ndarray[Any, Any]
 BUFFER = 768 * 1024
 #: Rows that a product should have, that packing the weights does not dominate.
 ROWS = 192
+#: The same for the weight gradient, whose products are added up as well.
+SUM_ROWS = 1024
 #: Multiply-adds below which starting a second worker costs more than it saves.
 SMALL = 1 << 20
 
@@ -52,14 +55,15 @@ def _workers(flops: float) -> int:
     return 1 if flops < 2 * SMALL else settings.get_num_threads()
 
 
-def _target(depth: int, width: int, itemsize: int, share: int, wide_rows: int = ROWS) -> int:
+def _target(depth: int, width: int, itemsize: int, share: int, least: int = ROWS) -> int:
     """Return how many outputs a rectangle should have.
 
-    ``depth`` values are gathered and ``width`` produced for each output.
+    ``depth`` values are gathered and ``width`` produced for each output; ``share`` workers
+    have half the workspace limit, and the rest is for the gradient in front of the activation.
     """
-    budget = max(1, settings.get_workspace_limit() // share)
+    budget = settings.get_workspace_limit() // (2 * share)
     row = (2 * depth + width) * itemsize
-    return max(1, min(max(BUFFER // (depth * itemsize), wide_rows), budget // row))
+    return max(1, min(max(BUFFER // (depth * itemsize), least), budget // row))
 
 
 def _run(shares: tuple[Any, ...], work: Any) -> None:
@@ -94,7 +98,11 @@ def _gathered(
     view = windows(source, axes, block, _scratch, groups, dtype)
     cells = math.prod(b - a for a, b in block)
     depth = view.shape[-1] * math.prod(a.taps for a in axes)
-    if view.dtype == dtype and all(a.taps == 1 for a in axes) and view.strides[-1] == dtype.itemsize:
+    if (
+        view.dtype == dtype
+        and all(a.taps == 1 for a in axes)
+        and view.strides[-1] == dtype.itemsize
+    ):
         flat = _merged(view, groups, cells, depth)
         if flat is not None:
             return flat
@@ -173,16 +181,13 @@ class NumpyGemm(Engine):
         else:
             depth = problem.taps * problem.in_channels
             width, out = problem.out_channels, math.prod(problem.y_shape[:-1])
-        rows = _target(depth, width, wide, workers, self._rows(problem, pass_))
-        buffers = workers * min(rows, out) * (2 * depth + width) * wide
-        return buffers + (2 * workers if pass_ == "weight_grad" else 1) * weights
-
-    @staticmethod
-    def _rows(problem: ConvProblem, pass_: Pass) -> int:
-        """Return the least rows of a product; for the weight gradient, sums must not dominate."""
-        if pass_ != "weight_grad":
-            return ROWS
-        return max(ROWS, 1024)
+        summed = pass_ == "weight_grad"
+        rows = _target(depth, width, wide, workers, SUM_ROWS if summed else ROWS)
+        held = workers * min(rows, out) * (2 * depth + width) * wide
+        held += (2 * workers if summed else 1) * weights
+        if summed and problem.activation is not None:
+            held += _chunk(problem) * math.prod(problem.y_shape[1:]) * wide
+        return held
 
     # ------------------------------------------------------------------------------ forward
 
@@ -203,7 +208,7 @@ class NumpyGemm(Engine):
         target: Array,
         flops: float,
         bias: Array | None = None,
-        activation: Any = None,
+        activation: Activation | None = None,
     ) -> None:
         """Write ``act(windows(source) @ matrices + bias)`` into ``target``."""
         groups, depth, width = matrices.shape
@@ -252,50 +257,69 @@ class NumpyGemm(Engine):
         self, problem: ConvProblem, dz: Array, x: Array, dw: Array | None, db: Array | None
     ) -> None:
         """Write the gradients with respect to ``w`` and ``b`` into those of ``dw``, ``db`` given."""
-        if db is not None:
-            bias_grad(dz, db)
-        if dw is None:
-            return
+        sums = self._weight_sums(problem, dz, x, dw is not None, db is not None)
+        _store_sums(problem, sums, dw, db)
+
+    def _weight_sums(
+        self,
+        problem: ConvProblem,
+        dz: Array,
+        x: Array,
+        need_w: bool,
+        need_b: bool,
+        epilogue: tuple[Array, Array, Activation] | None = None,
+    ) -> tuple[Array | None, Array | None]:
+        """Return the sums for ``dw``, ``(groups, depth, width)``, and for ``db``.
+
+        With an ``epilogue`` of ``(dy, y, activation)``, ``dz`` is formed on the way, each
+        block of it just before it is multiplied.
+        """
         dtype = _wide(problem.dtype)
         groups = problem.groups
-        depth, width = problem.taps * (problem.in_channels // groups), problem.out_channels // groups
+        depth = problem.taps * (problem.in_channels // groups)
+        width = problem.out_channels // groups
         axes = forward_axes(problem)
         workers = _workers(problem.flops)
-        wide_rows = self._rows(problem, "weight_grad")
-        rows = _target(
-            groups * depth, groups * width, dtype.itemsize, workers, wide_rows
-        )
-        shares = blocks(problem.y_shape[:-1], rows, workers)
-        sums: list[Array | None] = [None] * len(shares)
+        rows = _target(groups * depth, groups * width, dtype.itemsize, workers, SUM_ROWS)
+        shares = blocks(dz.shape[:-1], rows, workers)
+        totals: list[tuple[Array | None, Array | None]] = [(None, None)] * len(shares)
 
         def work(k: int, share: tuple[Block, ...]) -> None:
-            total: Array | None = None
+            total_w: Array | None = None
+            total_b: Array | None = None
             product = None
             for block in share:
-                gathered = _gathered(x, axes, block, groups, dtype)
+                cells = tuple(slice(a, b) for a, b in block)
+                if epilogue is not None:
+                    dy, y, activation = epilogue
+                    epilogue_grad(
+                        dy[cells], y[cells].astype(dtype, copy=False), activation, out=dz[cells]
+                    )
+                if not (need_w or need_b):
+                    continue
                 gradient = _flat_target(dz, block, groups, dtype)
                 if gradient is None:
-                    part = dz[tuple(slice(a, b) for a, b in block)]
-                    copy = _scratch.get("product", part.shape, dtype)
-                    np.copyto(copy, part)
+                    copy = _scratch.get("product", dz[cells].shape, dtype)
+                    np.copyto(copy, dz[cells])
                     gradient = copy.reshape(-1, groups, width).transpose(1, 0, 2)
-                if total is None:
-                    total = np.empty((groups, depth, width), dtype)
-                    _multiply(gathered.transpose(0, 2, 1), gradient, total)
+                if need_b:
+                    part = np.matmul(np.ones(gradient.shape[1], dtype), gradient)
+                    total_b = part if total_b is None else np.add(total_b, part, out=total_b)
+                if not need_w:
                     continue
-                if product is None:
-                    product = np.empty_like(total)
-                _multiply(gathered.transpose(0, 2, 1), gradient, product)
-                total += product
-            sums[k] = total
+                gathered = _gathered(x, axes, block, groups, dtype).transpose(0, 2, 1)
+                if total_w is None:
+                    total_w = np.empty((groups, depth, width), dtype)
+                    _multiply(gathered, gradient, total_w)
+                else:
+                    if product is None:
+                        product = np.empty_like(total_w)
+                    _multiply(gathered, gradient, product)
+                    total_w += product
+            totals[k] = total_w, total_b
 
         _run(shares, work)
-        result = sums[0]
-        for other in sums[1:]:
-            if result is not None and other is not None:
-                result += other
-        if result is not None:
-            dw[...] = result.transpose(1, 0, 2).reshape(problem.w_shape)
+        return _added(totals)
 
     def backward(
         self,
@@ -317,9 +341,56 @@ class NumpyGemm(Engine):
         if activation is None or y is None:
             super().backward(problem, dy, x, w, y, dx, dw, db)
             return
-        dz = np.empty(dy.shape, dy.dtype)
-        epilogue_grad(dy, y, activation, out=dz)
-        if dx is not None:
-            self.input_grad(problem, dz, w, dx)
-        if dw is not None or db is not None:
-            self.weight_grad(problem, dz, x, dw, db)
+        dtype = _wide(problem.dtype)
+        chunk = _chunk(problem)
+        dz = np.empty((chunk, *dy.shape[1:]), dtype)
+        sums: list[tuple[Array | None, Array | None]] = []
+        for start in range(0, problem.batch, chunk):
+            part = slice(start, min(start + chunk, problem.batch))
+            some = problem.with_batch(part.stop - part.start)
+            held = dz[: some.batch]
+            sums.append(
+                self._weight_sums(
+                    some,
+                    held,
+                    x[part],
+                    dw is not None,
+                    db is not None,
+                    (dy[part], y[part], activation),
+                )
+            )
+            if dx is not None:
+                self.input_grad(some, held, w, dx[part])
+        _store_sums(problem, _added(sums), dw, db)
+
+
+def _chunk(problem: ConvProblem) -> int:
+    """Return for how many examples ``dz`` may be held: half the workspace, at least one."""
+    example = math.prod(problem.y_shape[1:]) * _wide(problem.dtype).itemsize
+    return max(1, min(problem.batch, settings.get_workspace_limit() // 2 // example))
+
+
+def _added(
+    totals: list[tuple[Array | None, Array | None]],
+) -> tuple[Array | None, Array | None]:
+    """Add up in order, into the first."""
+    first_w, first_b = totals[0]
+    for other_w, other_b in totals[1:]:
+        if first_w is not None and other_w is not None:
+            first_w += other_w
+        if first_b is not None and other_b is not None:
+            first_b += other_b
+    return first_w, first_b
+
+
+def _store_sums(
+    problem: ConvProblem,
+    sums: tuple[Array | None, Array | None],
+    dw: Array | None,
+    db: Array | None,
+) -> None:
+    sum_w, sum_b = sums
+    if dw is not None and sum_w is not None:
+        dw[...] = sum_w.transpose(1, 0, 2).reshape(problem.w_shape)
+    if db is not None and sum_b is not None:
+        db[...] = sum_b.reshape(-1)

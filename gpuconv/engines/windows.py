@@ -106,7 +106,11 @@ def _axis_phases(
         count = -(-(size - remainder) // stride)
         cells = slice(remainder, None, stride)
         first = next(
-            (t for t in range(min(step, taps)) if (remainder + before - t * dilation) % stride == 0),
+            (
+                t
+                for t in range(min(step, taps))
+                if (remainder + before - t * dilation) % stride == 0
+            ),
             None,
         )
         if first is None:
@@ -193,7 +197,9 @@ def blocks(counts: tuple[int, ...], target: int, workers: int) -> tuple[tuple[Bl
         for index in np.ndindex(*outer)
         for piece in ranges
     ]
-    return tuple(tuple(found[a:b]) for a, b in _split(len(found), min(workers, len(found))) if b > a)
+    return tuple(
+        tuple(found[a:b]) for a, b in _split(len(found), min(workers, len(found))) if b > a
+    )
 
 
 class Scratch(threading.local):
