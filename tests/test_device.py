@@ -126,7 +126,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("source, reason", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize(("source", "reason"), CASES.values(), ids=CASES.keys())
 def test_falls_back(tmp_path: Path, source: str, reason: str) -> None:
     done = python(SHOW, fake_cupy(tmp_path, source))
     name, count, said = fields(done)
@@ -136,7 +136,7 @@ def test_falls_back(tmp_path: Path, source: str, reason: str) -> None:
     assert lines == [f"INFO computing on the CPU: {said}"]
 
 
-@pytest.mark.parametrize("source, reason", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize(("source", "reason"), CASES.values(), ids=CASES.keys())
 def test_asking_for_cuda_is_an_error(tmp_path: Path, source: str, reason: str) -> None:
     code = """
 from gpuconv.device import *
@@ -200,7 +200,7 @@ def test_a_device_is_taken_where_there_is_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "wish, expected",
+    ("wish", "expected"),
     [
         ("cpu", "cpu"),
         ("CPU", "cpu"),
@@ -218,7 +218,7 @@ def test_environment_variable(tmp_path: Path, wish: str, expected: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "wish, kind, message",
+    ("wish", "kind", "message"),
     [
         ("cuda:2", "DeviceError", "the last CUDA device is cuda:1"),
         ("gpu", "ValueError", "expected 'cpu', 'cuda' or 'cuda:N'"),
@@ -282,7 +282,7 @@ print(device())
 
 
 @pytest.mark.parametrize(
-    "spec, error",
+    ("spec", "error"),
     [(3, TypeError), (b"cpu", TypeError), ("", ValueError), ("tpu", ValueError)],
 )
 def test_use_device_bad_input(spec: object, error: type[Exception]) -> None:

@@ -279,7 +279,8 @@ def stratified_split(
         held = max(1, round(validation * count)), max(1, round(test * count))
         bounds = np.cumsum(held)
         for part, chosen in zip(
-            parts, (members[bounds[1] :], members[: bounds[0]], members[bounds[0] : bounds[1]]),
+            parts,
+            (members[bounds[1] :], members[: bounds[0]], members[bounds[0] : bounds[1]]),
             strict=True,
         ):
             part.append(chosen)
