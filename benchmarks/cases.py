@@ -8,6 +8,7 @@ plain im2col where PyTorch is not installed or the other would need too much mem
 from __future__ import annotations
 
 import importlib.util
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -189,7 +190,7 @@ def tolerance(shape: Shape, result: str, factor: float = 1.0) -> float:
     if p.dtype == "float64":
         return 1e-11
     pass_ = {"y": "forward", "dx": "input_grad"}.get(result, "weight_grad")
-    return factor * 1e-5 * float(p.reduction_length(pass_)) ** 0.5
+    return factor * 1e-5 * math.sqrt(p.reduction_length(pass_))
 
 
 def compare(result: Array, expected: Array) -> float:

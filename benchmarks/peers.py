@@ -116,42 +116,41 @@ class Gpuconv(Peer):
         options: dict[str, Any] = {
             "stride": p.stride, "padding": p.padding, "dilation": p.dilation, "groups": p.groups,
         }  # fmt: skip
-        run: Callable[[], Any]
         if pass_ == "input_grad" or (case.shape.transposed and pass_ == "forward"):
 
-            def run() -> Any:
+            def input_grad() -> Any:
                 return conv2d_backward(dz, x, w, needs=("x",), **options)[0]
 
-            return Prepared(run, lambda dx: {"dx": dx})
+            return Prepared(input_grad, lambda dx: {"dx": dx})
         if pass_ == "weight_grad":
             needs = ("w",) if b is None else ("w", "b")
 
-            def run() -> Any:
+            def weight_grad() -> Any:
                 return conv2d_backward(dz, x, w, needs=needs, **options)[1:]
 
-            return Prepared(run, lambda r: _named(("dw", "db"), r))
+            return Prepared(weight_grad, lambda r: _named(("dw", "db"), r))
         if case.shape.transposed:
             # The forward is the input gradient; its gradients are the convolution of x, which
             # stands for the gradient of the layer's output, and the weight gradient.
-            def run() -> Any:
+            def transposed_train() -> Any:
                 dx = conv2d_backward(dz, x, w, needs=("x",), **options)[0]
                 y = conv2d(x, w, **options)
                 dw = conv2d_backward(dz, x, w, needs=("w",), **options)[1]
                 return y, dx, dw
 
-            return Prepared(run, lambda r: _named(("y", "dx", "dw"), r))
+            return Prepared(transposed_train, lambda r: _named(("y", "dx", "dw"), r))
         if pass_ == "forward":
 
-            def run() -> Any:
+            def forward() -> Any:
                 return conv2d(x, w, b, activation="relu", **options)
 
-            return Prepared(run, lambda y: {"y": y})
+            return Prepared(forward, lambda y: {"y": y})
 
-        def run() -> Any:
+        def train() -> Any:
             y = conv2d(x, w, b, activation="relu", **options)
             return y, *conv2d_backward(dy, x, w, y=y, activation="relu", **options)
 
-        return Prepared(run, lambda r: _named(("y", "dx", "dw", "db"), r))
+        return Prepared(train, lambda r: _named(("y", "dx", "dw", "db"), r))
 
     def about(self, case: Case, pass_: str) -> dict[str, Any]:
         from gpuconv import dispatch
@@ -261,7 +260,6 @@ class Torch(Peer):
         dy, dz = tensor(case.dy, (0, 3, 1, 2)), tensor(case.dz, (0, 3, 1, 2))
         b = None if case.b is None else torch.from_numpy(case.b.copy())
         needs_grad = [t.detach().requires_grad_() for t in (x, w, b) if t is not None]
-        run: Callable[[], Any]
 
         def collect(names: tuple[str, ...]) -> Callable[[Any], dict[str, Array]]:
             axes = {"y": (0, 2, 3, 1), "dx": (0, 2, 3, 1), "dw": (2, 3, 1, 0), "db": (0,)}
@@ -279,44 +277,44 @@ class Torch(Peer):
             more = {**options, "output_padding": _output_padding(p)}
             if pass_ in ("forward", "input_grad"):
 
-                def run() -> Any:
+                def transposed_forward() -> Any:
                     with torch.inference_mode():
                         return functional.conv_transpose2d(dz, w, **more)
 
-                return Prepared(run, collect(("dx",)))
+                return Prepared(transposed_forward, collect(("dx",)))
             if pass_ == "train":
                 leaves = [dz.detach().requires_grad_(), needs_grad[1]]
 
-                def run() -> Any:
+                def transposed_train() -> Any:
                     dx = functional.conv_transpose2d(*leaves, **more)
                     return dx, *torch.autograd.grad(dx, leaves, x)
 
-                return Prepared(run, collect(("dx", "y", "dw")))
+                return Prepared(transposed_train, collect(("dx", "y", "dw")))
         if pass_ == "forward":
 
-            def run() -> Any:
+            def forward() -> Any:
                 with torch.inference_mode():
                     return functional.conv2d(x, w, b, **options).relu_()
 
-            return Prepared(run, collect(("y",)))
+            return Prepared(forward, collect(("y",)))
         if pass_ == "train":
 
-            def run() -> Any:
+            def train() -> Any:
                 y = functional.conv2d(*needs_grad, **options).relu_()
                 return y, *torch.autograd.grad(y, needs_grad, dy)
 
-            return Prepared(run, collect(("y", "dx", "dw", "db")))
+            return Prepared(train, collect(("y", "dx", "dw", "db")))
         mask = (True, False, False) if pass_ == "input_grad" else (False, True, b is not None)
         names = tuple(n for n, on in zip(("dx", "dw", "db"), mask, strict=True) if on)
         sizes = None if b is None else [p.out_channels]
         arguments = (sizes, p.stride, options["padding"], p.dilation, False, (0, 0), p.groups, mask)
         gradients = torch.ops.aten.convolution_backward
 
-        def run() -> Any:
+        def gradient() -> Any:
             with torch.inference_mode():
                 return [r for r in gradients(dz, x, w, *arguments) if r is not None]
 
-        return Prepared(run, collect(names))
+        return Prepared(gradient, collect(names))
 
 
 # -------------------------------------------------------------------------------------- JAX
@@ -367,43 +365,52 @@ class Jax(Peer):
             return conv(x, w) + b
 
         names: tuple[str, ...]
+        arguments: tuple[Any, ...]
+        compute: Callable[..., Any]
         if pass_ == "input_grad" or (case.shape.transposed and pass_ == "forward"):
             names, arguments = ("dx",), (dz, x, w)
 
-            def compute(dz: Any, x: Any, w: Any) -> Any:
+            def input_grad(dz: Any, x: Any, w: Any) -> Any:
                 return jax.vjp(lambda x: conv(x, w), x)[1](dz)
 
+            compute = input_grad
         elif case.shape.transposed and pass_ == "train":
             names, arguments = ("y", "dx", "dw"), (dz, x, w)
 
-            def compute(dz: Any, x: Any, w: Any) -> Any:
+            def transposed_train(dz: Any, x: Any, w: Any) -> Any:
                 y, back = jax.vjp(conv, x, w)
                 return y, *back(dz)
 
+            compute = transposed_train
         elif pass_ == "weight_grad" and b is None:
             names, arguments = ("dw",), (dz, x, w)
 
-            def compute(dz: Any, x: Any, w: Any) -> Any:
+            def weight_grad(dz: Any, x: Any, w: Any) -> Any:
                 return jax.vjp(lambda w: conv(x, w), w)[1](dz)
 
+            compute = weight_grad
         elif pass_ == "weight_grad":
             names, arguments = ("dw", "db"), (dz, x, w, b)
 
-            def compute(dz: Any, x: Any, w: Any, b: Any) -> Any:  # type: ignore[misc]
+            def both_weight_grads(dz: Any, x: Any, w: Any, b: Any) -> Any:
                 return jax.vjp(lambda w, b: plain_layer(x, w, b), w, b)[1](dz)
 
+            compute = both_weight_grads
         elif pass_ == "forward":
             names, arguments = ("y",), (x, w, b)
 
-            def compute(x: Any, w: Any, b: Any) -> Any:
+            def forward(x: Any, w: Any, b: Any) -> Any:
                 return (layer(x, w, b),)
 
+            compute = forward
         else:
             names, arguments = ("y", "dx", "dw", "db"), (dy, x, w, b)
 
-            def compute(dy: Any, x: Any, w: Any, b: Any) -> Any:  # type: ignore[misc]
+            def train(dy: Any, x: Any, w: Any, b: Any) -> Any:
                 y, back = jax.vjp(layer, x, w, b)
                 return y, *back(dy)
+
+            compute = train
 
         program = jax.jit(compute)
 

@@ -104,7 +104,8 @@ def _col2im(problem: ConvProblem, columns: Array) -> Array:
     shape = (problem.batch, problem.in_channels, height + top + bottom, width + left + right)
     padded = np.zeros(shape, columns.dtype)
     windows = columns.reshape(len(channel), -1, problem.batch).transpose(2, 0, 1)
-    np.add.at(padded, (slice(None), channel, row, column), windows)
+    at: Any = (slice(None), channel, row, column)
+    np.add.at(padded, at, windows)
     return padded[:, :, top : top + height, left : left + width].transpose(0, 2, 3, 1)
 
 
