@@ -20,8 +20,7 @@ __all__ = ["run", "shares", "single_threaded_blas"]
 _lock = threading.Lock()
 _pool: ThreadPoolExecutor | None = None
 _pool_size = 0
-_blas: Any = None
-_limiter: Any = None
+_blas: list[_Blas] | None = None
 _depth = 0
 
 
@@ -32,14 +31,12 @@ def single_threaded_blas() -> Iterator[None]:
     The limit belongs to the process, so concurrent callers share it: the first to enter sets
     it and the last to leave restores it.
     """
-    global _blas, _limiter, _depth
+    global _depth
     with _lock:
         if _depth == 0:
-            if _blas is None:
-                from threadpoolctl import ThreadpoolController
-
-                _blas = ThreadpoolController().select(user_api="blas")
-            _limiter = _blas.limit(limits=1)
+            for blas in _libraries():
+                blas.restore = blas.get()
+                blas.set(1)
         _depth += 1
     try:
         yield
@@ -47,8 +44,31 @@ def single_threaded_blas() -> Iterator[None]:
         with _lock:
             _depth -= 1
             if _depth == 0:
-                _limiter.restore_original_limits()
-                _limiter = None
+                for blas in _libraries():
+                    blas.set(blas.restore)
+
+
+class _Blas:
+    """A loaded BLAS whose number of threads can be set."""
+
+    def __init__(self, controller: Any) -> None:
+        self.get: Callable[[], int] = controller.get_num_threads
+        # threadpoolctl lets one thread of a process set an OpenBLAS limit and ignores all
+        # others; here every caller counts, and the lock above keeps them in order.
+        self.set: Callable[[int], None] = getattr(
+            controller, "_real_set_num_threads", controller.set_num_threads
+        )
+        self.restore = 1
+
+
+def _libraries() -> list[_Blas]:
+    global _blas
+    if _blas is None:
+        from threadpoolctl import ThreadpoolController
+
+        found = ThreadpoolController().select(user_api="blas")
+        _blas = [_Blas(c) for c in found.lib_controllers]
+    return _blas
 
 
 def shares(count: int, workers: int) -> list[range]:
@@ -91,8 +111,8 @@ def _executor(size: int) -> ThreadPoolExecutor:
 
 def _after_fork() -> None:
     """A child process has none of its parent's threads, and no lock that one of them held."""
-    global _pool, _pool_size, _lock, _depth, _limiter
-    _pool, _pool_size, _lock, _depth, _limiter = None, 0, threading.Lock(), 0, None
+    global _pool, _pool_size, _lock, _depth
+    _pool, _pool_size, _lock, _depth = None, 0, threading.Lock(), 0
 
 
 if hasattr(os, "register_at_fork"):

@@ -66,6 +66,7 @@ class Naive(Engine):
         shape = problem.x_shape if pass_ == "input_grad" else problem.w_shape
         return wide * int(np.prod(shape))
 
+    @np.errstate(all="ignore")  # NaN and Inf travel on without a word, as in BLAS
     def forward(self, problem: ConvProblem, x: Array, w: Array, b: Array | None, y: Array) -> None:
         """Write ``act(conv(x, w) + b)`` into ``y``."""
         wide = _wide(problem.dtype)
@@ -96,6 +97,7 @@ class Naive(Engine):
         """Write the gradients with respect to ``w`` and ``b`` into those of ``dw``, ``db`` given."""
         self._gradients(problem, dz, x, None, None, dw, db)
 
+    @np.errstate(all="ignore")
     def _gradients(
         self,
         problem: ConvProblem,

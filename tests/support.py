@@ -1,0 +1,226 @@
+"""What the tests of convolutions share: cases, references, tolerances, and engines' homes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+import gpuconv
+from gpuconv import dispatch
+from gpuconv.activations import get_activation
+
+CPU_ENGINES = ["naive", "numpy_gemm"]
+CUDA_ENGINES = ["cuda_atomic"]
+DTYPES = ["float64", "float32", "float16"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A convolution with the shapes of its arrays, channels last."""
+
+    name: str
+    x: tuple[int, ...]
+    w: tuple[int, ...]
+    options: tuple[tuple[str, Any], ...] = ()
+    bias: bool = True
+    activation: str | None = None
+    layout: str = "NHWC"
+    seed: int = field(default=0, compare=False)
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        return {**dict(self.options), "layout": self.layout, "activation": self.activation}
+
+
+def case(name: str, x: Any, w: Any, **options: Any) -> Case:
+    known = {k: options.pop(k) for k in ("bias", "activation", "layout") if k in options}
+    return Case(name, tuple(x), tuple(w), tuple(sorted(options.items())), **known)
+
+
+CASES = [
+    case("dense", (2, 6, 5, 3), (3, 3, 3, 4), padding=1),
+    case("no-bias", (1, 5, 5, 2), (3, 3, 2, 3), bias=False),
+    case("one-by-one", (2, 4, 5, 6), (1, 1, 6, 5), activation="ReLU"),
+    case("strided", (2, 9, 8, 3), (3, 3, 3, 4), stride=2, padding=1, activation="ReLU"),
+    case("stride-beyond-kernel", (1, 9, 7, 2), (1, 1, 2, 3), stride=3),
+    case("stride-per-axis", (1, 9, 10, 2), (3, 2, 2, 3), stride=(3, 2), padding=(2, 0)),
+    case("dilated", (1, 9, 9, 2), (3, 3, 2, 2), dilation=2, padding=2),
+    case(
+        "dilated-strided", (1, 11, 12, 2), (3, 2, 2, 3), dilation=(2, 3), stride=(3, 2), padding=3
+    ),
+    case("asymmetric", (1, 5, 6, 2), (3, 3, 2, 3), padding=((2, 0), (1, 3)), activation="Tanh"),
+    case("padding-beyond-kernel", (1, 3, 3, 1), (2, 2, 1, 2), padding=4, stride=3),
+    case("same", (2, 7, 6, 2), (3, 4, 2, 2), padding="same", stride=2),
+    case("grouped", (2, 5, 5, 6), (3, 3, 2, 9), groups=3, padding=1, activation="LeakyReLU(0.1)"),
+    case("depthwise", (1, 6, 6, 5), (3, 3, 1, 5), groups=5, padding=1),
+    case("depthwise-multiplied", (1, 6, 5, 3), (3, 3, 1, 6), groups=3, stride=2),
+    case("kernel-is-image", (3, 4, 5, 2), (4, 5, 2, 3)),
+    case("one-row", (1, 1, 9, 2), (1, 4, 2, 3), padding=((0, 0), (3, 3)), activation="Sigmoid"),
+    case("one-pixel", (2, 1, 1, 3), (1, 1, 3, 2), activation="ELU"),
+    case("first-layout", (2, 6, 5, 3), (3, 3, 3, 4), padding=1, layout="NCHW", activation="ReLU"),
+    case("first-strided", (2, 9, 8, 4), (3, 3, 2, 4), stride=2, groups=2, layout="NCHW"),
+    case("first-one-by-one", (2, 4, 5, 6), (1, 1, 6, 5), layout="NCHW"),
+]
+
+
+@dataclass
+class Data:
+    """Inputs in the case's layout, and the oracle's answers in float64."""
+
+    x: np.ndarray
+    w: np.ndarray
+    b: np.ndarray | None
+    dy: np.ndarray
+    y: np.ndarray
+    dx: np.ndarray
+    dw: np.ndarray
+    db: np.ndarray
+
+
+def draw(c: Case, dtype: str) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Return random x, w and b of the case, in its layout."""
+    rng = np.random.default_rng(c.seed)
+    x, w = rng.standard_normal(c.x), rng.standard_normal(c.w)
+    b = rng.standard_normal(c.w[-1]).astype(dtype) if c.bias else None
+    if c.layout == "NCHW":
+        x, w = x.transpose(0, 3, 1, 2), w.transpose(3, 2, 0, 1)
+    return np.ascontiguousarray(x, dtype), np.ascontiguousarray(w, dtype), b
+
+
+@cache
+def oracle(c: Case, dtype: str) -> Data:
+    """Return the case's inputs rounded to ``dtype`` and the loops' results in float64."""
+    x, w, b = draw(c, dtype)
+    wide = [None if a is None else a.astype("float64") for a in (x, w, b)]
+    with gpuconv.engine("naive"):
+        y = gpuconv.conv2d(*wide, **c.keywords)
+        rng = np.random.default_rng(c.seed + 1)
+        dy = rng.standard_normal(y.shape).astype(dtype)
+        y_seen = y.astype(dtype)  # what a user passes back
+        dx, dw, db = gpuconv.conv2d_backward(
+            dy.astype("float64"), wide[0], wide[1], y=y_seen.astype("float64"), **c.keywords
+        )
+    return Data(x, w, b, dy, y, dx, dw, db)
+
+
+def tolerance(engine: str, dtype: str, reduction: int) -> float:
+    """Return the error allowed relative to the largest value (and to 1)."""
+    if dtype == "float64":
+        return 1e-11
+    if dtype == "float32":
+        return 1e-5 * max(1, reduction) ** 0.5 * dispatch.get_engine(engine).error_factor
+    return 5e-3
+
+
+def close(got: np.ndarray, want: np.ndarray, allowed: float) -> None:
+    got = np.asarray(got, "float64")
+    assert got.shape == want.shape
+    if want.size:
+        error = np.abs(got - want).max() / max(1.0, np.abs(want).max())
+        assert error <= allowed, f"error {error:.3g} > {allowed:.3g}"
+
+
+def real_gpu() -> bool:
+    return gpuconv.device.__module__ is not None and _gpu_count() > 0
+
+
+@cache
+def _gpu_count() -> int:
+    from gpuconv.device import probe
+
+    return probe().count
+
+
+@contextmanager
+def home(engine: str, mode: str = "fast", seed: int = 0) -> Iterator[Any]:
+    """Make the device of ``engine`` usable: yields the array library to put data into.
+
+    CUDA engines run on a GPU where there is one, else the kernels run on the CPU.
+    """
+    if engine in CPU_ENGINES:
+        yield np
+    elif real_gpu():
+        from gpuconv.cuda import runtime
+
+        yield runtime.cupy()
+    else:
+        from tests.cuda_on_cpu import compiler_available, stand_in
+
+        reason = compiler_available()
+        if reason:
+            pytest.skip(reason)
+        with stand_in(mode=mode, seed=seed) as cp:
+            yield cp
+
+
+def host(a: Any) -> Any:
+    return None if a is None else gpuconv.asnumpy(a)
+
+
+# ------------------------------------------------------------------------ random convolutions
+
+
+@st.composite
+def convolutions(draw: Any, dtype: str = "float64", max_size: int = 8) -> Case:
+    """Draw a valid convolution of any options."""
+    groups = draw(st.sampled_from([1, 1, 1, 2, 3]))
+    c_in = groups * draw(st.integers(1, 3))
+    c_out = groups * draw(st.integers(1, 3))
+    small = st.integers(1, 3)
+    kernel, stride, dilation = (tuple(draw(small) for _ in range(2)) for _ in range(3))
+    pads = tuple((draw(st.integers(0, 3)), draw(st.integers(0, 3))) for _ in range(2))
+    padding = draw(st.sampled_from([pads, "same"]))
+    sizes = []
+    for k, d, p in zip(kernel, dilation, pads, strict=True):
+        window = d * (k - 1) + 1
+        least = max(1, window - (sum(p) if padding != "same" else window))
+        sizes.append(draw(st.integers(least, least + max_size)))
+    return case(
+        "random",
+        (draw(st.integers(1, 3)), *sizes, c_in),
+        (*kernel, c_in // groups, c_out),
+        stride=stride,
+        dilation=dilation,
+        padding=padding,
+        groups=groups,
+        layout=draw(st.sampled_from(["NHWC", "NCHW"])),
+        activation=draw(st.sampled_from([None, "ReLU", "Tanh", "LeakyReLU(0.2)"])),
+        bias=draw(st.booleans()),
+    )
+
+
+def by_scipy(c: Case, x: np.ndarray, w: np.ndarray, b: np.ndarray | None) -> np.ndarray:
+    """Return the convolution by ``scipy.signal.correlate``, channel by channel, in float64."""
+    from scipy.signal import correlate
+
+    from gpuconv.functional import _plan
+
+    options = dict(c.options)
+    plan = _plan(
+        2, x.shape, w.shape, "float64", options.get("stride", 1), options.get("padding", 0),
+        options.get("dilation", 1), options.get("groups", 1), c.layout, None,
+    )  # fmt: skip
+    p = plan.problem
+    if c.layout == "NCHW":
+        x, w = x.transpose(0, 2, 3, 1), w.transpose(2, 3, 1, 0)
+    x = np.pad(x, ((0, 0), *p.padding, (0, 0)))
+    dilated = np.zeros((*p.window, *w.shape[2:]))
+    dilated[tuple(slice(None, None, d) for d in p.dilation)] = w
+    y = np.zeros(p.y_shape)
+    in_group, out_group = p.in_channels // p.groups, p.out_channels // p.groups
+    steps = tuple(slice(None, None, s) for s in p.stride)
+    for n, o, k in itertools.product(range(p.batch), range(p.out_channels), range(in_group)):
+        image = x[n, :, :, o // out_group * in_group + k]
+        y[n, :, :, o] += correlate(image, dilated[:, :, k, o], "valid", "direct")[steps]
+    if b is not None:
+        y += b
+    y = get_activation(c.activation).fn(y)
+    return y.transpose(0, 3, 1, 2) if c.layout == "NCHW" else y

@@ -1,0 +1,204 @@
+"""Every engine, dtype and pass against the loops in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+import gpuconv
+from gpuconv import dispatch
+from gpuconv.device import namespace
+from gpuconv.functional import _hashable, _plan
+from tests.support import (
+    CASES,
+    CPU_ENGINES,
+    CUDA_ENGINES,
+    DTYPES,
+    Case,
+    close,
+    home,
+    host,
+    oracle,
+    tolerance,
+)
+
+ENGINES = [*CPU_ENGINES, *CUDA_ENGINES]
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request: pytest.FixtureRequest) -> Iterator[tuple[str, Any]]:
+    """Force an engine, and give the library that its arrays are of."""
+    with home(request.param) as xp, gpuconv.engine(request.param):
+        yield request.param, xp
+
+
+def test_every_registered_engine_is_tested() -> None:
+    assert {info.name for info in gpuconv.engines()} == set(ENGINES)
+
+
+def reductions(c: Case, dtype: str) -> dict[str, int]:
+    data = oracle(c, dtype)
+    options = {k: _hashable(v) for k, v in c.options}
+    problem = _plan(
+        2, data.x.shape, data.w.shape, dtype, options.get("stride", 1), options.get("padding", 0),
+        options.get("dilation", 1), options.get("groups", 1), c.layout, None,
+    ).problem  # fmt: skip
+    return {p: problem.reduction_length(p) for p in ("forward", "input_grad", "weight_grad")}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("c", CASES, ids=lambda c: c.name)
+def test_forward(engine: tuple[str, Any], c: Case, dtype: str) -> None:
+    name, xp = engine
+    data = oracle(c, dtype)
+    b = None if data.b is None else xp.asarray(data.b)
+    y = gpuconv.conv2d(xp.asarray(data.x), xp.asarray(data.w), b, **c.keywords)
+    assert namespace(y) is xp
+    assert y.dtype == dtype
+    close(host(y), data.y, tolerance(name, dtype, reductions(c, dtype)["forward"]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("c", CASES, ids=lambda c: c.name)
+@pytest.mark.parametrize("needs", ["x", "w", "b", "xwb"])
+def test_backward(engine: tuple[str, Any], c: Case, dtype: str, needs: str) -> None:
+    name, xp = engine
+    data = oracle(c, dtype)
+    y = xp.asarray(data.y.astype(dtype)) if c.activation else None
+    got = gpuconv.conv2d_backward(
+        xp.asarray(data.dy), xp.asarray(data.x), xp.asarray(data.w), y=y, needs=needs, **c.keywords
+    )
+    length = reductions(c, dtype)
+    wanted = {
+        "x": (got[0], data.dx, length["input_grad"]),
+        "w": (got[1], data.dw, length["weight_grad"]),
+        "b": (got[2], data.db, length["weight_grad"]),
+    }
+    for key, (gradient, want, reduction) in wanted.items():
+        if key not in needs:
+            assert gradient is None
+            continue
+        assert namespace(gradient) is xp
+        assert gradient.dtype == dtype
+        close(host(gradient), want, tolerance(name, dtype, reduction))
+
+
+def test_nan_and_infinity_go_where_the_definition_sends_them(engine: tuple[str, Any]) -> None:
+    _, xp = engine
+    x = np.zeros((1, 7, 7, 2))
+    x[0, 1, 1, 0], x[0, 5, 5, 1] = np.nan, np.inf
+    w = np.ones((3, 3, 2, 2))
+    w[..., 1] *= -1
+    y = host(gpuconv.conv2d(xp.asarray(x), xp.asarray(w), padding=1))
+    want = np.zeros((1, 7, 7, 2))
+    want[0, :3, :3] = np.nan
+    want[0, 4:, 4:, 0], want[0, 4:, 4:, 1] = np.inf, -np.inf
+    np.testing.assert_array_equal(y, want)
+    rectified = host(gpuconv.conv2d(xp.asarray(x), xp.asarray(w), padding=1, activation="ReLU"))
+    np.testing.assert_array_equal(rectified, np.maximum(want, 0))
+    dx, _, db = gpuconv.conv2d_backward(xp.asarray(want), xp.asarray(x), xp.asarray(w), padding=1)
+    assert np.isnan(host(dx)[0, :4, :4]).all()
+    assert not np.isnan(host(dx)[0, 0:3, 5:]).any()
+    assert np.isnan(host(db)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_repeats_bit_for_bit(engine: tuple[str, Any], dtype: str) -> None:
+    name, xp = engine
+    if not dispatch.get_engine(name).deterministic:
+        with gpuconv.deterministic(True), pytest.raises(gpuconv.EngineError, match="deterministic"):
+            gpuconv.conv2d(xp.zeros((1, 3, 3, 1), dtype), xp.zeros((2, 2, 1, 1), dtype))
+        return
+    data = oracle(CASES[0], dtype)
+    arrays = xp.asarray(data.dy), xp.asarray(data.x), xp.asarray(data.w)
+    runs = [gpuconv.conv2d_backward(*arrays, padding=1) for _ in range(3)]
+    for other in runs[1:]:
+        for a, b in zip(runs[0], other, strict=True):
+            assert host(a).tobytes() == host(b).tobytes()
+
+
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+def test_empty_batch(engine: tuple[str, Any], layout: str) -> None:
+    _, xp = engine
+    shape = (0, 5, 5, 2) if layout == "NHWC" else (0, 2, 5, 5)
+    kernel = (3, 3, 2, 4) if layout == "NHWC" else (4, 2, 3, 3)
+    x, w = xp.zeros(shape, "float32"), xp.ones(kernel, "float32")
+    y = gpuconv.conv2d(x, w, xp.ones(4, "float32"), layout=layout)
+    assert y.shape == ((0, 3, 3, 4) if layout == "NHWC" else (0, 4, 3, 3))
+    dx, dw, db = gpuconv.conv2d_backward(y, x, w, layout=layout)
+    assert dx.shape == x.shape
+    assert not host(dw).any()
+    assert not host(db).any()
+
+
+def memory_forms(a: np.ndarray) -> dict[str, np.ndarray]:
+    spread = np.zeros([2 * n + 1 for n in a.shape], a.dtype)[
+        tuple(slice(1, None, 2) for _ in a.shape)
+    ]
+    spread[...] = a
+    backwards = np.ascontiguousarray(a[::-1, ::-1])[::-1, ::-1]
+    return {
+        "fortran": np.asfortranarray(a),
+        "spread": spread,
+        "negative strides": backwards,
+        "transposed": np.ascontiguousarray(a.T).T,
+    }
+
+
+@pytest.mark.parametrize("form", ["fortran", "spread", "negative strides", "transposed"])
+@pytest.mark.parametrize("c", [CASES[3], CASES[17], CASES[2]], ids=lambda c: c.name)
+def test_any_strides(engine: tuple[str, Any], c: Case, form: str) -> None:
+    _, xp = engine
+    data = oracle(c, "float64")
+    x, w, dy, y = (memory_forms(a)[form] for a in (data.x, data.w, data.dy, data.y))
+    if xp is not np:  # a device array of the same strides
+
+        def strided(a: np.ndarray) -> Any:
+            if form == "spread":
+                shape = [2 * n + 1 for n in a.shape]
+                view = xp.zeros(shape)[tuple(slice(1, None, 2) for _ in shape)]
+                view[...] = xp.asarray(np.ascontiguousarray(a))
+                return view
+            if form == "negative strides":
+                return xp.asarray(np.ascontiguousarray(a[::-1, ::-1]))[::-1, ::-1]
+            axes = tuple(reversed(range(a.ndim)))
+            return xp.asarray(np.ascontiguousarray(a.T)).transpose(axes)
+
+        x, w, dy, y = map(strided, (x, w, dy, y))
+    b = None if data.b is None else xp.asarray(data.b)
+    close(host(gpuconv.conv2d(x, w, b, **c.keywords)), data.y, 1e-11)
+    got = gpuconv.conv2d_backward(dy, x, w, y=y if c.activation else None, **c.keywords)
+    for gradient, want in zip(got, (data.dx, data.dw, data.db), strict=True):
+        close(host(gradient), want, 1e-11)
+
+
+def test_out_of_any_strides(engine: tuple[str, Any]) -> None:
+    _, xp = engine
+    c = CASES[0]
+    data = oracle(c, "float64")
+    n, h, w_, o = data.y.shape
+    place = xp.full((n, 2 * h, w_, o + 3), 7.0)
+    view = place[:, ::2, :, 1 : o + 1]
+    returned = gpuconv.conv2d(
+        xp.asarray(data.x), xp.asarray(data.w), xp.asarray(data.b), out=view, **c.keywords
+    )
+    assert returned is view
+    close(host(view), data.y, 1e-11)
+    rest = host(place).copy()
+    rest[:, ::2, :, 1 : o + 1] = 7
+    assert (rest == 7).all()
+
+
+def test_inputs_are_not_changed(engine: tuple[str, Any]) -> None:
+    _, xp = engine
+    c = CASES[3]
+    data = oracle(c, "float32")
+    arrays = [xp.asarray(a.astype("float32")) for a in (data.dy, data.x, data.w, data.y)]
+    before = [host(a).copy() for a in arrays]
+    gpuconv.conv2d(arrays[1], arrays[2], **c.keywords)
+    gpuconv.conv2d_backward(*arrays[:3], y=arrays[3], **c.keywords)
+    for a, b in zip(arrays, before, strict=True):
+        np.testing.assert_array_equal(host(a), b)
