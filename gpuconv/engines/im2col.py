@@ -1,0 +1,185 @@
+"""Gathering windows into a small buffer and multiplying it: im2col, a block at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from gpuconv import settings, threads
+from gpuconv.activations import Activation
+from gpuconv.engines.windows import Axis, Block, Scratch, blocks, windows
+
+__all__ = [
+    "block_target",
+    "flat_target",
+    "gathered",
+    "gemm_windows",
+    "multiply",
+    "run_shares",
+    "scratch",
+    "transposed_weights",
+    "weight_matrices",
+    "wide_dtype",
+    "worker_count",
+]
+
+Array = np.ndarray[Any, Any]
+
+#: Bytes that a worker's window buffer should have: what stays in a core's own cache.
+BUFFER = 768 * 1024
+#: Rows that a product should have, that packing the weights does not dominate.
+ROWS = 192
+#: The same for the weight gradient, whose products are added up as well.
+SUM_ROWS = 1024
+#: Multiply-adds below which starting a second worker costs more than it saves.
+SMALL = 1 << 20
+
+scratch = Scratch()
+
+
+def wide_dtype(dtype: str) -> np.dtype[Any]:
+    """Return the dtype of buffers and products."""
+    return np.dtype("float32" if dtype == "float16" else dtype)
+
+
+def worker_count(flops: float) -> int:
+    """Return how many workers a pass of so many operations is worth."""
+    return 1 if flops < 2 * SMALL else settings.get_num_threads()
+
+
+def block_target(depth: int, width: int, itemsize: int, share: int, least: int = ROWS) -> int:
+    """Return how many outputs a rectangle should have.
+
+    ``depth`` values are gathered and ``width`` produced for each output; ``share`` workers
+    have half the workspace limit, and the rest is for the gradient in front of the activation.
+    """
+    budget = settings.get_workspace_limit() // (2 * share)
+    row = (2 * depth + width) * itemsize
+    return max(1, min(max(BUFFER // (depth * itemsize), least), budget // row))
+
+
+def run_shares(shares: tuple[Any, ...], work: Any) -> None:
+    """Run ``work(k, share)`` for every worker's share."""
+    if len(shares) == 1:
+        work(0, shares[0])
+        return
+    with threads.single_threaded_blas():
+        threads.run(lambda k: work(k, shares[k]), len(shares))
+
+
+def weight_matrices(w: Array, groups: int, dtype: Any) -> Array:
+    """Return weights ``(*taps, in, out)`` as ``(groups, taps * in, out // groups)``."""
+    out = w.shape[-1]
+    depth = w.size // out
+    flat = np.ascontiguousarray(w, dtype).reshape(depth, groups, out // groups)
+    return flat.transpose(1, 0, 2)
+
+
+def transposed_weights(w: Array, groups: int, dtype: Any) -> Array:
+    """Return weights ``(*taps, in, out)`` as ``(groups, taps * out // groups, in)``."""
+    *taps, w_in, out = w.shape
+    split = w.reshape(math.prod(taps), w_in, groups, out // groups)
+    matrices = np.ascontiguousarray(split.transpose(2, 0, 3, 1), dtype)
+    return matrices.reshape(groups, -1, w_in)
+
+
+def gathered(
+    source: Array, axes: tuple[Axis, ...], block: Block, groups: int, dtype: np.dtype[Any]
+) -> Array:
+    """Return the windows of a block as ``(groups, cells, depth)``, without a copy where it can be."""
+    view = windows(source, axes, block, scratch, groups, dtype)
+    cells = math.prod(b - a for a, b in block)
+    depth = view.shape[-1] * math.prod(a.taps for a in axes)
+    if (
+        view.dtype == dtype
+        and all(a.taps == 1 for a in axes)
+        and view.strides[-1] == dtype.itemsize
+    ):
+        flat = _merged(view, groups, cells, depth)
+        if flat is not None:
+            return flat
+    buffer = scratch.get("windows", view.shape, dtype)
+    np.copyto(buffer, view)
+    return buffer.reshape(groups, cells, depth)
+
+
+def _merged(view: Array, groups: int, cells: int, depth: int) -> Array | None:
+    """Return the view as ``(groups, cells, depth)`` if its cells are evenly spaced."""
+    step: int | None = None
+    extent = 1
+    for size, stride in zip(view.shape[-2:0:-1], view.strides[-2:0:-1], strict=True):
+        if size == 1:
+            continue
+        if step is None:
+            step = stride
+        elif stride != step * extent:
+            return None
+        extent *= size
+    if step is None:
+        step = depth * view.itemsize
+    if step < depth * view.itemsize or step % view.itemsize:
+        return None
+    return np.lib.stride_tricks.as_strided(
+        view, (groups, cells, depth), (view.strides[0], step, view.itemsize)
+    )
+
+
+def flat_target(y: Array, block: Block, groups: int, dtype: Any) -> Array | None:
+    """Return the block of ``y`` as ``(groups, cells, out // groups)`` if BLAS can write there."""
+    if y.dtype != dtype or y.strides[-1] != y.itemsize:
+        return None
+    part = y[tuple(slice(a, b) for a, b in block)]
+    split = part.shape[-1] // groups
+    view = np.lib.stride_tricks.as_strided(
+        part,
+        (groups, *part.shape[:-1], split),
+        (split * part.itemsize, *part.strides[:-1], part.itemsize),
+    )
+    return _merged(view, groups, math.prod(b - a for a, b in block), split)
+
+
+def multiply(a: Array, b: Array, out: Array) -> None:
+    """Write the batched product ``a @ b`` into ``out``; one group skips the batch axis."""
+    if len(a) == 1:
+        np.matmul(a[0], b[0], out=out[0])
+    else:
+        np.matmul(a, b, out=out)
+
+
+def gemm_windows(
+    source: Array,
+    axes: tuple[Axis, ...],
+    matrices: Array,
+    target: Array,
+    flops: float,
+    bias: Array | None = None,
+    activation: Activation | None = None,
+) -> None:
+    """Write ``act(windows(source) @ matrices + bias)`` into ``target``."""
+    groups, depth, width = matrices.shape
+    dtype = matrices.dtype
+    workers = worker_count(flops)
+    target_rows = block_target(groups * depth, groups * width, dtype.itemsize, workers)
+    shares = blocks(target.shape[:-1], target_rows, workers)
+
+    def work(_: int, share: tuple[Block, ...]) -> None:
+        for block in share:
+            rows = gathered(source, axes, block, groups, dtype)
+            direct = flat_target(target, block, groups, dtype)
+            out = direct
+            if out is None:
+                out = scratch.get("product", (rows.shape[1], groups, width), dtype)
+                out = out.transpose(1, 0, 2)
+            multiply(rows, matrices, out)
+            if bias is not None:
+                out += bias.reshape(groups, 1, width)
+            if activation is not None:
+                activation.fn(out, out=out)
+            if direct is None:
+                shape = (*(b - a for a, b in block), groups * width)
+                target[tuple(slice(a, b) for a, b in block)] = out.transpose(1, 0, 2).reshape(shape)
+
+    run_shares(shares, work)
