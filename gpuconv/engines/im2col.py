@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,8 @@ from gpuconv.activations import Activation
 from gpuconv.engines.windows import Axis, Block, Scratch, blocks, windows
 
 __all__ = [
+    "ROWS",
+    "SUM_ROWS",
     "block_target",
     "flat_target",
     "gathered",

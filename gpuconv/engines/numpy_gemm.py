@@ -20,6 +20,7 @@ from gpuconv import settings
 from gpuconv.activations import Activation
 from gpuconv.engines.base import Engine, Pass, epilogue_grad
 from gpuconv.engines.im2col import (
+    ROWS,
     SUM_ROWS,
     block_target,
     flat_target,
