@@ -11,13 +11,11 @@ is not monotone and has none.
 
 from __future__ import annotations
 
-import ast
 import math
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
-import numpy as np
-
+from gpuconv.arguments import boolean, normal_name, parse_call, real
 from gpuconv.device import namespace
 
 __all__ = [
@@ -85,13 +83,6 @@ def _store(value: Array, out: Array | None) -> Array:
     return out
 
 
-def _number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
-        raise TypeError(f"{name} is {value!r}; expected a real number")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} is {value!r}; expected a finite number")
-
-
 @dataclass(frozen=True)
 class Identity(Activation):
     """``z``."""
@@ -121,8 +112,8 @@ class Affine(Activation):
     intercept: float = 0.0
 
     def __post_init__(self) -> None:
-        _number("slope", self.slope)
-        _number("intercept", self.intercept)
+        real("slope", self.slope)
+        real("intercept", self.intercept)
 
     def fn(self, z: Array, out: Array | None = None) -> Array:
         """Return ``slope * z + intercept``."""
@@ -172,9 +163,7 @@ class LeakyReLU(Activation):
     alpha: float = 0.3
 
     def __post_init__(self) -> None:
-        _number("alpha", self.alpha)
-        if self.alpha < 0:
-            raise ValueError(f"alpha is {self.alpha}; expected a number >= 0")
+        real("alpha", self.alpha, 0)
 
     def fn(self, z: Array, out: Array | None = None) -> Array:
         """Return ``z`` where positive, else ``alpha * z``."""
@@ -204,9 +193,7 @@ class ELU(Activation):
     alpha: float = 1.0
 
     def __post_init__(self) -> None:
-        _number("alpha", self.alpha)
-        if self.alpha < 0:
-            raise ValueError(f"alpha is {self.alpha}; expected a number >= 0")
+        real("alpha", self.alpha, 0)
 
     def fn(self, z: Array, out: Array | None = None) -> Array:
         """Return ``z`` where positive, else ``alpha * (exp(z) - 1)``."""
@@ -316,6 +303,9 @@ class GELU(Activation):
 
     invertible = False
     approximate: bool = True
+
+    def __post_init__(self) -> None:
+        boolean("approximate", self.approximate)
 
     def _phi(self, x: Array) -> tuple[Array, Array]:
         """Return Phi and its derivative."""
@@ -466,11 +456,7 @@ _CLASSES: tuple[type[Activation], ...] = (
 )  # fmt: skip
 
 
-def _key(name: str) -> str:
-    return name.replace("_", "").replace("-", "").replace(" ", "").lower()
-
-
-_BY_NAME = {_key(cls.__name__): cls for cls in _CLASSES}
+_BY_NAME = {normal_name(cls.__name__): cls for cls in _CLASSES}
 
 
 def get_activation(spec: Activation | str | None) -> Activation:
@@ -496,21 +482,11 @@ def get_activation(spec: Activation | str | None) -> Activation:
         return spec
     if not isinstance(spec, str):
         raise TypeError(f"activation is {spec!r}; expected an Activation, its name, or None")
-    allowed = "expected one of " + ", ".join(cls.__name__ for cls in _CLASSES)
-    name, bracket, rest = spec.partition("(")
-    cls = _BY_NAME.get(_key(name))
-    if cls is None:
-        raise ValueError(f"activation is {spec!r}; {allowed}")
-    if not bracket:
-        return cls()
+    labels = ", ".join(cls.__name__ for cls in _CLASSES)
+    cls, arguments, options = parse_call("activation", spec, _BY_NAME, labels)
     try:
-        call = ast.parse(f"f({rest}", mode="eval").body
-        if not isinstance(call, ast.Call):
-            raise SyntaxError
-        arguments = [ast.literal_eval(a) for a in call.args]
-        options = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
         return cls(*arguments, **options)
-    except (SyntaxError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(
             f"activation is {spec!r}; its arguments do not fit {cls.__name__}: {error}"
         ) from None

@@ -7,7 +7,6 @@ spatial axes. Arrays that are held channels first go to the engines as transpose
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ import numpy as np
 
 from gpuconv import dispatch
 from gpuconv.activations import Activation, Identity, get_activation
+from gpuconv.arguments import integer
 from gpuconv.cuda import runtime
 from gpuconv.device import CPU, Device, device, device_of, namespace, parse_device
 from gpuconv.engines.base import epilogue_grad
@@ -414,7 +414,7 @@ def _plan(
         if min(values) < 1:
             shape = x_shape if name == "x" else w_shape
             raise ValueError(f"{name} has shape {shape}; expected a {what} of at least 1")
-    count = _integer("groups", groups, 1, "a positive integer")
+    count = integer("groups", groups, 1, "a positive integer")
     if in_ch % count:
         raise ValueError(
             f"groups is {count}; expected a divisor of the {in_ch} input channels of x"
@@ -461,22 +461,13 @@ def _forms(nd: int, last: bool) -> dict[str, str]:
     return {"x": f"(batch, in_ch, {axes})", "w": f"(out_ch, in_ch // groups, {kernel})"}
 
 
-def _integer(name: str, value: Any, least: int, expected: str) -> int:
-    if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} is {value!r}; expected {expected}")
-    number = operator.index(value)
-    if number < least:
-        raise ValueError(f"{name} is {value!r}; expected {expected}")
-    return number
-
-
 def _per_axis(name: str, value: Any, nd: int) -> tuple[int, ...]:
     expected = f"a positive integer or {nd} of them ({_AXES[nd]})"
     if isinstance(value, tuple):
         if len(value) != nd:
             raise ValueError(f"{name} is {value!r}; expected {expected}")
-        return tuple(_integer(name, v, 1, expected) for v in value)
-    return (_integer(name, value, 1, expected),) * nd
+        return tuple(integer(name, v, 1, expected) for v in value)
+    return (integer(name, value, 1, expected),) * nd
 
 
 def _padding(
@@ -501,7 +492,7 @@ def _padding(
         ]
         return tuple((t // 2, t - t // 2) for t in totals)
     if not isinstance(padding, tuple):
-        both = _integer("padding", padding, 0, expected)
+        both = integer("padding", padding, 0, expected)
         return ((both, both),) * nd
     if len(padding) != nd:
         raise ValueError(f"padding is {padding!r}; expected {expected}")
@@ -510,9 +501,9 @@ def _padding(
         if isinstance(value, tuple):
             if len(value) != 2:
                 raise ValueError(f"padding is {padding!r}; expected {expected}")
-            before, after = (_integer("padding", v, 0, expected) for v in value)
+            before, after = (integer("padding", v, 0, expected) for v in value)
         else:
-            before = after = _integer("padding", value, 0, expected)
+            before = after = integer("padding", value, 0, expected)
         pads.append((before, after))
     return tuple(pads)
 
@@ -534,7 +525,7 @@ def _shape(name: str, shape: Any) -> tuple[int, ...]:
         values = tuple(shape)
     except TypeError:
         raise TypeError(f"{name} is {shape!r}; expected {expected}") from None
-    return tuple(_integer(name, v, 0, expected) for v in values)
+    return tuple(integer(name, v, 0, expected) for v in values)
 
 
 def _activation(spec: Activation | str | None) -> Activation | None:
