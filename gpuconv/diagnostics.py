@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -136,8 +137,7 @@ def _devices(advice: list[str]) -> list[tuple[str, str]]:
     """Return the devices, the default among them, and why it is that one."""
     found = probe()
     rows = [("cpu", platform.processor() or platform.machine())]
-    for index in range(found.count):
-        rows.append((f"cuda:{index}", _attempt(lambda index=index: _gpu(index))))
+    rows += [(f"cuda:{index}", _attempt(partial(_gpu, index))) for index in range(found.count)]
     chosen, why = _choice()
     rows.append(("default", f"{chosen}: {why}" if chosen else why))
     if found.count == 0:
