@@ -280,6 +280,9 @@ def _horner(coefficients: tuple[float, ...], t: Array) -> Array:
 def _erf(x: Array) -> Array:
     """Return the error function, to double precision (NumPy has none)."""
     xp = namespace(x)
+    dtype = x.dtype
+    if dtype.itemsize < 4:  # the coefficients' powers pass float16's largest number
+        x = x.astype("float32")
     a = xp.abs(x)
     a2 = xp.minimum(a, 0.5) ** 2
     small = x * _horner(_ERF_SMALL[0], a2) / _horner(_ERF_SMALL[1], a2)
@@ -291,7 +294,11 @@ def _erf(x: Array) -> Array:
     large = xp.exp(-big * big) / big * (1 / math.sqrt(math.pi) - tail)
     outer = xp.sign(x) * (1 - xp.where(a <= 4.0, medium, large))
     # NaN compares false and must stay NaN: it takes the first branch.
-    return xp.where(a > 0.46875, outer, small).astype(x.dtype)
+    return xp.where(a > 0.46875, outer, small).astype(dtype)
+
+
+#: Beyond this Phi is 0 or 1 and flat, in every dtype; powers of larger arguments could overflow.
+_GELU_FLAT = 40.0
 
 
 @dataclass(frozen=True)
@@ -310,6 +317,7 @@ class GELU(Activation):
     def _phi(self, x: Array) -> tuple[Array, Array]:
         """Return Phi and its derivative."""
         xp = namespace(x)
+        x = xp.clip(x, -_GELU_FLAT, _GELU_FLAT)
         if self.approximate:
             c = math.sqrt(2 / math.pi)
             t = xp.tanh(c * (x + 0.044715 * x * x * x))
@@ -329,6 +337,7 @@ class GELU(Activation):
     def grad2(self, x: Array) -> Array:
         """Return ``2 Phi'(x) + x Phi''(x)``."""
         xp = namespace(x)
+        x = xp.clip(x, -_GELU_FLAT, _GELU_FLAT)
         if not self.approximate:
             density = xp.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
             return density * (2 - x * x)

@@ -157,6 +157,8 @@ def parse_call(
             raise SyntaxError("it unpacks a mapping")
         arguments = [_literal(a) for a in call.args]
         options = {str(k.arg): _literal(k.value) for k in call.keywords}
+        if len(options) < len(call.keywords):
+            raise SyntaxError("it gives an argument twice")
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError) as error:
         raise ValueError(
             f"{what} is {spec!r}; expected a name or a call such as 'Name(key=1)': {error}"
