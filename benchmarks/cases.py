@@ -7,6 +7,7 @@ plain im2col where PyTorch is not installed or the other would need too much mem
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import math
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import numpy as np
 from benchmarks import plain
 from benchmarks.suite import Shape
 
-__all__ = ["Case", "compare", "make", "reference", "tolerance"]
+__all__ = ["Case", "compare", "make", "reference", "tolerance", "warm"]
 
 Array = np.ndarray[Any, Any]
 
@@ -102,6 +103,12 @@ def make(shape: Shape, seed: int = 0) -> Case:
     if db is not None:
         expected["db"] = db
     return Case(shape, x, w, b, dy, dz, expected)
+
+
+def warm() -> None:
+    """Import what :func:`reference` computes with, so that the first case does not wait for it."""
+    if importlib.util.find_spec("torch") is not None:
+        importlib.import_module("torch")
 
 
 def reference(shape: Shape, x: Array, w: Array, b: Array | None) -> tuple[Array, Any]:

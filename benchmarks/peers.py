@@ -11,13 +11,15 @@ import abc
 import importlib
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
 
 from benchmarks import plain
 from benchmarks.cases import Case
+from gpuconv.activations import ReLU
+from gpuconv.engines.base import Pass
 from gpuconv.problem import ConvProblem
 
 __all__ = [
@@ -155,15 +157,18 @@ class Gpuconv(Peer):
     def about(self, case: Case, pass_: str) -> dict[str, Any]:
         from gpuconv import dispatch
 
-        chosen = dispatch.explain(case.shape.problem, "cpu").choice
-        used = {
-            "forward": ["input_grad"] if case.shape.transposed else ["forward"],
-            "train": ["forward", "input_grad", "weight_grad"],
-        }.get(pass_, [pass_])
-        engines = [chosen[u] for u in used]
+        p = case.shape.problem
+        used: dict[str, tuple[Pass, ...]] = {
+            "forward": ("input_grad",) if case.shape.transposed else ("forward",),
+            "train": ("forward", "input_grad", "weight_grad"),
+            "input_grad": ("input_grad",),
+            "weight_grad": ("weight_grad",),
+        }
+        biased = replace(p, activation=ReLU()) if case.relu else p
+        engines = [dispatch.choose(biased if u == "forward" else p, u, "cpu") for u in used[pass_]]
         return {
-            "engines": engines,
-            "error_factor": max(dispatch.get_engine(e).error_factor for e in engines),
+            "engines": [e.name for e in engines],
+            "error_factor": max(e.error_factor for e in engines),
         }
 
 
@@ -428,6 +433,7 @@ class Im2col(Peer):
 
     name = "im2col64"
     label = "im2col (numpy-ml style), float64"
+    patience = 0.5
     dtype: ClassVar[str | None] = "float64"
 
     def versions(self) -> dict[str, str]:

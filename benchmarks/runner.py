@@ -83,6 +83,12 @@ def check(options: Options) -> None:
     """Raise :class:`OptionsError` where ``options`` names what there is not."""
     if not options.shapes:
         raise OptionsError("no shape is left to time")
+    if options.scaling is not None:
+        layer = next((s for s in options.shapes if s.name == options.scaling), None)
+        if layer is None or layer.transposed:
+            raise OptionsError(
+                f"scaling is {options.scaling!r}; expected a chosen layer that is not transposed"
+            )
     for name, values, allowed in (
         ("dtype", options.dtypes, DTYPES),
         ("passes", options.passes, PASSES),
@@ -139,8 +145,8 @@ class Runner:
         self._base = self._start("none")
         self._children: dict[str, Child] = {}
         self.about: dict[str, dict[str, Any]] = {}
-        for name in dict.fromkeys(("gpuconv", *options.peers)):
-            child = self._start(name)
+        started = {n: self._start(n) for n in dict.fromkeys(("gpuconv", *options.peers))}
+        for name, child in started.items():
             self.about[name] = child.ask("hello")
             if "missing" in self.about[name]:
                 options.say(f"left out: {self.about[name]['missing']}")
@@ -156,14 +162,17 @@ class Runner:
         options = self.options
         started = time.perf_counter()
         date = datetime.datetime.now(datetime.timezone.utc)
-        before = self._base.ask("machine", dtypes=list(options.dtypes))
         rows = []
         jobs = [s.with_dtype(d) for d in options.dtypes for s in options.shapes]
+        roofs: dict[str, Any] = {
+            "dtypes": list(options.dtypes), "seconds": 0.5 if len(jobs) > 8 else 0.1,
+        }  # fmt: skip
+        before = self._base.ask("machine", **roofs)
         for number, shape in enumerate(jobs, 1):
             head = f"[{number}/{len(jobs)}] {shape.name} {shape.problem.dtype}"
             rows += self.shape(shape, options.passes, tuple(self._children), head)
         fits = self._scaling() if options.scaling else []
-        after = self._base.ask("machine", dtypes=list(options.dtypes))
+        after = self._base.ask("machine", **roofs)
         peak = {d: max(before["peak"][d], after["peak"][d]) for d in options.dtypes}
         bandwidth = max(before["bandwidth"], after["bandwidth"])
         shapes = {s.name: s for s in options.shapes}
@@ -250,6 +259,7 @@ class Runner:
             return {"failed": str(error)}
         for entry in answer.get("variants", {}).values():
             entry["times"] = [entry["seconds"]] if entry["once"] else []
+            entry["rounds"] = list(entry["times"])
             entry["calls"] = 1
         return answer
 
@@ -278,6 +288,7 @@ class Runner:
                     found[peer] = {"failed": str(error)}
                     continue
                 entry["times"] += answer["times"]
+                entry["rounds"].append(statistics.median(answer["times"]))
                 entry["calls"] = answer["calls"]
 
     def _memory(self, pass_: str, case: dict[str, Any]) -> dict[str, Any]:
@@ -294,13 +305,13 @@ class Runner:
     def _scaling(self) -> list[dict[str, Any]]:
         """Time one layer over batches and over image sizes, and fit the exponents."""
         options = self.options
-        base = next((s for s in options.shapes if s.name == options.scaling), None)
-        if base is None:
-            return []
+        base = next(s for s in options.shapes if s.name == options.scaling)
         side = base.problem.in_shape[0]
+        images = [base.with_batch(4).with_input(n, n) for n in SIZES]
+        images = [s for s in images if min(s.problem.out_shape) > 0]
         sweeps: list[tuple[str, list[int], list[Shape]]] = [
             ("batch", list(BATCHES), [base.with_batch(n) for n in BATCHES]),
-            ("image side", list(SIZES), [base.with_batch(4).with_input(n, n) for n in SIZES]),
+            ("image side", [s.problem.in_shape[0] for s in images], images),
         ]
         peers = tuple(p for p in self._children if p in ("gpuconv", "torch"))
         fits = []
@@ -365,6 +376,8 @@ def _outcome(answer: dict[str, Any]) -> dict[str, Any]:
         "seconds": median,
         "q1": q1,
         "q3": q3,
+        "least": min(entry["times"]),
+        "rounds": entry["rounds"],
         "samples": len(entry["times"]),
         "calls": entry["calls"],
         "variant": best,
@@ -388,9 +401,14 @@ def _line(row: dict[str, Any]) -> str:
     own = row["peers"].get("gpuconv", {})
     if "seconds" not in own:
         return f"gpuconv: {'wrong result' if 'wrong' in own else own}"
+    engines = "+".join(dict.fromkeys(own.get("engines", [])))
     parts = [
-        f"{other['seconds'] / own['seconds']:.2f} x {peer}"
-        for peer, other in row["peers"].items()
-        if peer != "gpuconv" and "seconds" in other
+        f"{1e3 * own['seconds']:.3f} ms, {row['flops'] / own['seconds'] / 1e9:.0f} GFLOP/s "
+        f"by {engines}"
     ]
-    return ", ".join(parts) or "done"
+    for peer, other in row["peers"].items():
+        if peer != "gpuconv" and "seconds" in other:
+            parts.append(f"{other['seconds'] / own['seconds']:.2f} x {peer}")
+        elif "seconds" not in other and "left_out" not in other:
+            parts.append(f"{peer} {'wrong' if 'wrong' in other else 'failed'}")
+    return ", ".join(parts)
