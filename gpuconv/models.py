@@ -80,7 +80,8 @@ class Sequential:
         return len(self.layers)
 
     def __getitem__(self, index: int) -> LayerBase:
-        return self.layers[index]
+        layer: LayerBase = self.layers[index]
+        return layer
 
     def set_optimizer(self, optimizer: Optimizer | str | Mapping[str, Any] | None) -> None:
         """Give every layer a fresh optimizer of this kind."""
