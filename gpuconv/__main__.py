@@ -1,0 +1,7 @@
+"""``python -m gpuconv``."""
+
+import sys
+
+from gpuconv.cli import main
+
+sys.exit(main())
