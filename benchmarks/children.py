@@ -62,7 +62,7 @@ def pinned(threads: int) -> Iterator[None]:
 
 
 class Child:
-    """A process of :mod:`benchmarks.worker`.
+    """A process of :mod:`benchmarks.worker`, or of another module that serves in the same way.
 
     Parameters
     ----------
@@ -70,13 +70,15 @@ class Child:
         The peer it holds.
     threads : int
         For the peer.
+    module : str
+        What is run.
     """
 
-    def __init__(self, peer: str, threads: int) -> None:
+    def __init__(self, peer: str, threads: int, module: str = "benchmarks.worker") -> None:
         self.peer = peer
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.worker", peer, str(threads)],
+            [sys.executable, "-m", module, peer, str(threads)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

@@ -17,6 +17,7 @@ __all__ = [
     "baseline",
     "compared",
     "failures",
+    "format_table",
     "geometric_mean",
     "markdown",
     "means",
@@ -212,7 +213,7 @@ def _summary(result: dict[str, Any], rows: list[Row]) -> str:
             cells.append(text + (f" of {count}" if count < number else ""))
         name = "**all**" if kind == "all" else kind
         table.append([name, str(number), *cells])
-    return "Geometric means of the ratios:\n\n" + _table(table)
+    return "Geometric means of the ratios:\n\n" + format_table(table)
 
 
 def _shapes(result: dict[str, Any], rows: list[Row]) -> str:
@@ -236,7 +237,7 @@ def _shapes(result: dict[str, Any], rows: list[Row]) -> str:
         if memory:
             cells.append(_mebibytes(row))
         table.append(cells)
-    return _table(table)
+    return format_table(table)
 
 
 def _cell(row: Row, peer: str) -> str:
@@ -278,7 +279,7 @@ def _overhead(result: dict[str, Any]) -> str:
         cells = [row["peers"].get(p, {}) for p in peers]
         times = [f"{1e6 * c['seconds']:.1f}" if "seconds" in c else _why(c) for c in cells]
         table.append([row["layer"], row["dtype"], row["pass"], *times])
-    return _table(table)
+    return format_table(table)
 
 
 def _memory(result: dict[str, Any]) -> str:
@@ -318,10 +319,10 @@ def _scaling(result: dict[str, Any]) -> str:
                 *("–" if e is None else f"{e:.3f}" for e in exponents),
             ]
         )
-    return "The slope of log time over log FLOPs; 1 is linear cost.\n\n" + _table(table)
+    return "The slope of log time over log FLOPs; 1 is linear cost.\n\n" + format_table(table)
 
 
-def _table(lines: Sequence[Sequence[str]]) -> str:
+def format_table(lines: Sequence[Sequence[str]]) -> str:
     """Return a Markdown table, its columns aligned for whoever reads the text."""
     widths = [max(3, *(len(line[k]) for line in lines)) for k in range(len(lines[0]))]
 

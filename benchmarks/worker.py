@@ -28,7 +28,7 @@ from benchmarks.plain import TooSlow
 from benchmarks.suite import Shape
 from gpuconv.dispatch import EngineError
 
-__all__ = ["Worker", "main", "sample"]
+__all__ = ["Worker", "sample", "serve"]
 
 #: Seconds that one sample should take; shorter calls are repeated within it.
 SAMPLE = 2e-3
@@ -233,23 +233,23 @@ def _best(run: Callable[[], Any], seconds: float) -> float:
     return best
 
 
-def main(argv: list[str]) -> int:
-    """Serve requests until stdin ends."""
+def serve(make: Callable[[], Callable[[dict[str, Any]], dict[str, Any]]]) -> int:
+    """Answer requests with what ``make`` returns until stdin ends; errors are answers too."""
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    worker: Worker | None = None
+    answerer: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     failure = ""
     try:
-        worker = Worker(argv[0], int(argv[1]))
+        answerer = make()
     except Exception:
         failure = traceback.format_exc()
     for line in sys.stdin:
         answer: dict[str, Any]
-        if worker is None:
+        if answerer is None:
             answer = {"error": failure}
         else:
             try:
-                answer = worker.answer(json.loads(line))
+                answer = answerer(json.loads(line))
             except Exception:
                 answer = {"error": traceback.format_exc()}
         out.write(json.dumps(answer) + "\n")
@@ -258,4 +258,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(serve(lambda: Worker(sys.argv[1], int(sys.argv[2])).answer))

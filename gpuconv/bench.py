@@ -61,6 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--suite", type=Path, metavar="FILE", help="another suite")
     add("--out", type=Path, metavar="DIR", help="where to write table, JSON and plots")
     add("--json", action="store_true", help="print the result as JSON instead of a table")
+    add(
+        "--net",
+        action="store_true",
+        help="instead of layers, time a training epoch of a conv net beside PyTorch",
+    )
     add("--list", action="store_true", help="print the layers, their FLOPs and bytes, and stop")
 
 
@@ -77,10 +82,18 @@ def main(args: argparse.Namespace) -> int:
         return 2
     if str(root) not in sys.path:
         sys.path.insert(0, str(root))
-    from benchmarks import report, runner, suite
+    from benchmarks import net, report, runner, suite
+    from benchmarks.children import ChildError
     from benchmarks.peers import PEERS
 
+    threads = get_num_threads() if args.threads is None else args.threads
     try:
+        if args.net:
+            trained = net.run(net.NetOptions(threads=threads, rounds=args.repeat, say=_say))
+            print(report.to_json(trained) if args.json else net.markdown(trained))
+            for file in net.write(trained, args.out) if args.out else []:
+                _say(f"wrote {file}")
+            return 1 if net.failures(trained) else 0
         shapes = suite.load(args.suite or suite.SUITE)
         chosen = suite.select(shapes, args.shapes, args.quick)
         if args.list:
@@ -97,7 +110,7 @@ def main(args: argparse.Namespace) -> int:
             dtypes=_names(args.dtype),
             passes=passes,
             peers=peers,
-            threads=get_num_threads() if args.threads is None else args.threads,
+            threads=threads,
             repeat=args.repeat,
             seconds=args.seconds,
             memory=not args.no_memory,
@@ -111,6 +124,9 @@ def main(args: argparse.Namespace) -> int:
             if not os.access(out, os.W_OK):
                 raise PermissionError(13, "Permission denied", str(out))
         result = runner.run(options)
+    except ChildError as error:
+        print(f"gpuconv bench: {error}", file=sys.stderr)
+        return 1
     except (suite.SuiteError, runner.OptionsError, OSError, ValueError) as error:
         print(f"gpuconv bench: {error}", file=sys.stderr)
         return 2
