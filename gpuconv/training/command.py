@@ -46,15 +46,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--epochs", type=options.count(1), metavar="N", help="passes over the images (30)")
     add("--batch-size", type=options.count(1), metavar="N", help="images a step (32)")
     add("--lr", type=options.rate, metavar="RATE", help="highest learning rate (0.003)")
-    add("--weight-decay", type=options.fraction, metavar="W", help="of AdamW, 0 to 1 (0.01)")
-    add(
-        "--shift",
-        type=options.count(0),
-        metavar="PIXELS",
-        help="move training images at random by up to so many pixels (1)",
-    )
+    add("--weight-decay", type=options.between(1), metavar="W", help="of AdamW (0.01)")
     add("--seed", type=options.count(0), metavar="N", help="the same seed, the same run (0)")
     add("--dtype", choices=["float32", "float64"], help="to compute in (float32)")
+    group = parser.add_argument_group("how far training images are changed at random")
+    change = group.add_argument
+    change("--shift", type=options.between(), metavar="PIXELS", help="moved along each axis (1)")
+    change("--rotate", type=options.between(180), metavar="DEGREES", help="turned (10)")
+    change("--zoom", type=options.between(1), metavar="PART", help="enlarged or reduced (0.1)")
     options.add_compute(parser)
     group = parser.add_argument_group("the run's folder")
     add = group.add_argument

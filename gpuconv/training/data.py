@@ -10,7 +10,7 @@ import hashlib
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -23,10 +23,11 @@ __all__ = [
     "as_images",
     "as_labels",
     "epoch_order",
+    "label_data",
     "load_digits",
     "load_npz",
-    "shift_images",
     "stratified_split",
+    "warp_images",
 ]
 
 Array = Any
@@ -169,34 +170,42 @@ def load_npz(
         If the file is no such archive, or its arrays are not as said; the text names the file
         and what is wrong with it.
     """
-    try:
-        archive = np.load(path, allow_pickle=False)
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        raise type(error)(f"{path}: {error.strerror}") from error
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is not an npz archive of arrays: {error}") from error
-    if not isinstance(archive, np.lib.npyio.NpzFile):
-        raise ValueError(f"{path} holds one bare array; expected an npz with arrays X and y")
     arrays: dict[str, np.ndarray[Any, Any]] = {}
-    with archive:
-        for name in ("X", "y"):
-            if name not in archive.files:
-                if name == "y" and not need_labels:
-                    continue
-                found = ", ".join(archive.files) or "nothing"
-                raise ValueError(f"{path} has no array {name!r}; it holds {found}")
-            try:
-                arrays[name] = archive[name]
-            except Exception as error:  # zlib, zip, header and pickle errors, by member
-                raise ValueError(f"{path}: array {name!r} cannot be read: {error}") from error
-            if not isinstance(arrays[name], np.ndarray):
-                raise ValueError(f"{path}: {name!r} is not an array")
+    try:
+        # Opened here: np.load would leave the file of a bad archive open.
+        with open(path, "rb") as file:
+            archive = _archive(path, file)
+            for name in ("X", "y"):
+                if name not in archive.files:
+                    if name == "y" and not need_labels:
+                        continue
+                    found = ", ".join(archive.files) or "nothing"
+                    raise ValueError(f"{path} has no array {name!r}; it holds {found}")
+                try:
+                    arrays[name] = archive[name]
+                except Exception as error:  # zlib, zip, header and pickle errors, by member
+                    raise ValueError(f"{path}: array {name!r} cannot be read: {error}") from error
+                if not isinstance(arrays[name], np.ndarray):
+                    raise ValueError(f"{path}: {name!r} is not an array")
+    except OSError as error:
+        raise type(error)(f"{path}: {error.strerror or error}") from error
     try:
         images = as_images(arrays["X"])
         labels = as_labels(arrays["y"], len(images)) if "y" in arrays else None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return images, labels
+
+
+def _archive(path: str | Path, file: BinaryIO) -> np.lib.npyio.NpzFile:
+    """Return the archive in an open file."""
+    try:
+        archive = np.load(file, allow_pickle=False)
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is not an npz archive of arrays: {error}") from error
+    if not isinstance(archive, np.lib.npyio.NpzFile):
+        raise ValueError(f"{path} holds one bare array; expected an npz with arrays X and y")
+    return archive
 
 
 def as_images(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -292,17 +301,53 @@ def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray[Any, Any]:
     return np.random.default_rng([seed, 0x0DE4, epoch]).permutation(count)
 
 
-def shift_images(images: Array, seed: int, epoch: int, step: int, reach: int = 1) -> Array:
-    """Move each image by up to ``reach`` pixels along each axis.
+def warp_images(
+    images: Array,
+    seed: int,
+    epoch: int,
+    step: int,
+    *,
+    shift: float = 1.0,
+    rotate: float = 10.0,
+    zoom: float = 0.1,
+) -> Array:
+    """Move, turn and zoom each image a little, at random; interpolated between its pixels.
 
-    The pixels that move in repeat the edge. On whatever device the images are: only the
-    offsets are drawn on the host.
+    On whatever device the images are: only a few numbers an image are drawn on the host. What
+    lies beyond an edge repeats it.
+
+    Parameters
+    ----------
+    images : ndarray, shape (n, rows, cols, channels)
+        float32 or float64.
+    seed, epoch, step : int
+        By which the numbers are drawn.
+    shift : float
+        Moved by up to so many pixels along each axis.
+    rotate : float
+        Turned about the centre by up to so many degrees either way.
+    zoom : float
+        Enlarged or reduced by a factor of up to ``1 + zoom``.
     """
     xp = namespace(images)
     count, rows, cols, _ = images.shape
     rng = np.random.default_rng([seed, 0x5B1F7, epoch, step])
-    offsets = rng.integers(-reach, reach + 1, size=(2, count, 1))
-    i = xp.asarray(np.clip(np.arange(rows) + offsets[0], 0, rows - 1))
-    j = xp.asarray(np.clip(np.arange(cols) + offsets[1], 0, cols - 1))
+    moved, angle, size = (rng.uniform(-1, 1, (k, count, 1, 1)) for k in (2, 1, 1))
+    angle = np.radians(rotate) * angle[0]
+    size = np.exp(np.log1p(zoom) * size[0])
+    # The image is sampled at the inverse of what happens to it, about the centre.
+    along, across = (xp.asarray(size * turn) for turn in (np.cos(angle), np.sin(angle)))
+    down, right = (
+        xp.asarray(shift * m + (n - 1) / 2) for m, n in zip(moved, (rows, cols), strict=True)
+    )
+    i = xp.arange(rows)[:, None] - (rows - 1) / 2
+    j = xp.arange(cols) - (cols - 1) / 2
+    y = xp.clip(along * i - across * j + down, 0, rows - 1)
+    x = xp.clip(across * i + along * j + right, 0, cols - 1)
+    top, left = (xp.floor(v).astype(xp.int64) for v in (y, x))
+    bottom, end = xp.minimum(top + 1, rows - 1), xp.minimum(left + 1, cols - 1)
+    low, far = ((v - w).astype(images.dtype)[..., None] for v, w in ((y, top), (x, left)))
     n = xp.arange(count)[:, None, None]
-    return images[n, i[:, :, None], j[:, None, :]]
+    upper = images[n, top, left] * (1 - far) + images[n, top, end] * far
+    lower = images[n, bottom, left] * (1 - far) + images[n, bottom, end] * far
+    return upper * (1 - low) + lower * low

@@ -19,7 +19,7 @@ from gpuconv.arguments import integer, real
 from gpuconv.device import asarray, asnumpy
 from gpuconv.losses import CrossEntropy
 from gpuconv.models import Sequential
-from gpuconv.training.data import epoch_order, shift_images
+from gpuconv.training.data import epoch_order
 from gpuconv.training.evaluation import evaluate
 
 __all__ = ["DivergedError", "EpochEnd", "EpochRecord", "Event", "Progress", "StepBegin", "StepEnd", "fit"]  # fmt: skip
@@ -40,7 +40,7 @@ class EpochRecord:
     epoch : int
         From 1.
     train_loss, train_accuracy : float
-        Means over the epoch's steps, each before its update and on the shifted images.
+        Means over the epoch's steps, each before its update and on the images as they were augmented.
     validation_loss, validation_accuracy : float
         After the epoch.
     seconds : float
@@ -163,8 +163,8 @@ def fit(
     *,
     epochs: int,
     batch_size: int = 32,
-    shift: int = 0,
     seed: int = 0,
+    augment: Callable[[Array, int, int], Array] | None = None,
     progress: Progress | None = None,
     on_event: Callable[[Event], object] = _ignore,
     stop: Callable[[], bool] = _never,
@@ -180,10 +180,11 @@ def fit(
         integer labels ``(n,)`` from 0. Moved to the network's device, once.
     epochs, batch_size : int
         The last batch of an epoch may be smaller.
-    shift : int
-        Training images are moved at random by up to so many pixels along each axis.
     seed : int
-        For the order of the images and their shifts.
+        For the order of the images.
+    augment : callable, optional
+        Given a step's images and the numbers of epoch and step, from 0, returns the images to
+        train on. What it returns may depend on nothing else, or a resumed run differs.
     progress : Progress, optional
         Where an earlier call stopped; the network is as it was then. Changed in place.
     on_event : callable
@@ -205,7 +206,6 @@ def fit(
     """
     integer("epochs", epochs, 1)
     integer("batch_size", batch_size, 1)
-    integer("shift", shift, 0)
     integer("seed", seed, 0)
     x, y = train
     _check("train", x, y)
@@ -232,8 +232,8 @@ def fit(
             begin = time.perf_counter()
             chosen = asarray(order[now.step * batch_size :][:batch_size], place)
             images, labels = x[chosen], y[chosen]
-            if shift:
-                images = shift_images(images, seed, now.epoch, now.step, shift)
+            if augment is not None:
+                images = augment(images, now.epoch, now.step)
             with np.errstate(over="ignore", invalid="ignore"):  # said below, once
                 loss, correct = _step(net, images, labels)
             if not math.isfinite(loss):

@@ -12,7 +12,10 @@ from gpuconv import dispatch
 from gpuconv.device import Device, DeviceError, device, parse_device
 from gpuconv.settings import get_num_threads, set_num_threads
 
-__all__ = ["add_compute", "choose_device", "count", "fraction", "missing", "rate", "set_threads"]
+__all__ = [
+    "add_compute", "between", "checked_settings", "choose_device", "count", "missing", "rate",
+    "set_threads",
+]  # fmt: skip
 
 INSTALL = "pip install 'gpuconv[train]'"
 
@@ -40,12 +43,17 @@ def rate(text: str) -> float:
     return value
 
 
-def fraction(text: str) -> float:
-    """Read a number of at least 0 and at most 1."""
-    value = _number(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
-    return value
+def between(most: float = math.inf) -> Callable[[str], float]:
+    """Return a reader of finite numbers of at least 0 and at most ``most``."""
+
+    def read(text: str) -> float:
+        value = _number(text)
+        if not (0 <= value <= most and value < math.inf):
+            bounds = "of at least 0" if most == math.inf else f"from 0 to {most:g}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number {bounds}")
+        return value
+
+    return read
 
 
 def _number(text: str) -> float:

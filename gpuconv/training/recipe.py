@@ -11,6 +11,7 @@ from gpuconv.arguments import integer, real
 from gpuconv.device import Device
 from gpuconv.layers import Conv2D, Flatten, FullyConnected, Pool2D
 from gpuconv.models import Sequential
+from gpuconv.training.data import warp_images
 
 __all__ = ["Recipe", "make_network", "make_optimizer", "network_layers"]
 
@@ -35,10 +36,11 @@ class Recipe:
         a tenth of the run) and falls to zero along half a cosine.
     weight_decay : float
         Of AdamW.
-    shift : int
-        Training images are moved by up to so many pixels along each axis.
+    shift, rotate, zoom : float
+        How far training images are moved (in pixels), turned (in degrees, at most 180) and
+        enlarged (by the factor ``1 + zoom``) at random; see :func:`data.warp_images`.
     seed : int
-        For the split, the first weights, the order of the images and their shifts.
+        For the split, the first weights, the order of the images and what is done to them.
     dtype : str
         ``"float32"`` or ``"float64"``.
     """
@@ -47,7 +49,9 @@ class Recipe:
     batch_size: int = 32
     lr: float = 0.003
     weight_decay: float = 0.01
-    shift: int = 1
+    shift: float = 1.0
+    rotate: float = 10.0
+    zoom: float = 0.1
     seed: int = 0
     dtype: str = "float32"
 
@@ -56,10 +60,19 @@ class Recipe:
         integer("batch_size", self.batch_size, 1)
         real("lr", self.lr, 0, above=True)
         real("weight_decay", self.weight_decay, 0)
-        integer("shift", self.shift, 0)
+        real("shift", self.shift, 0)
+        real("rotate", self.rotate, 0, 180)
+        real("zoom", self.zoom, 0, 1)
         integer("seed", self.seed, 0)
         if self.dtype not in ("float32", "float64"):
             raise ValueError(f"dtype is {self.dtype!r}; expected float32 or float64")
+
+    def augment(self, images: Any, epoch: int, step: int) -> Any:
+        """Return a step's images, each moved, turned and zoomed at random."""
+        if self.shift == self.rotate == self.zoom == 0:
+            return images
+        amounts = {"shift": self.shift, "rotate": self.rotate, "zoom": self.zoom}
+        return warp_images(images, self.seed, epoch, step, **amounts)
 
     def to_json(self) -> dict[str, Any]:
         """Return the numbers by name."""
