@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["cupy", "install", "loaded", "named_range", "uninstall"]
+__all__ = ["cupy", "install", "installed", "loaded", "named_range", "uninstall"]
 
 _stand_in: Any = None
 
@@ -41,6 +41,11 @@ def install(module: Any) -> None:
     global _stand_in
     _stand_in = module
     _forget()
+
+
+def installed() -> Any | None:
+    """Return the module in the place of CuPy, or None."""
+    return _stand_in
 
 
 def uninstall() -> None:

@@ -1,0 +1,60 @@
+"""The CUDA sources of ``kernels/``, run on the CPU behind the interface of CuPy.
+
+    with stand_in() as cp:                     # gpuconv takes cp for CuPy
+        y = gpuconv.conv2d(cp.asarray(x), cp.asarray(w))
+
+The very files are compiled by the host's C++ compiler behind a header that supplies what CUDA
+builds in (``runtime/``). Blocks run one after the other; the threads of a block are fibers that
+switch at barriers and warp collectives. In the mode ``checked`` every access to memory is
+watched: out of bounds, races between threads, shared memory that nothing has written, and chance
+switches threads between accesses. In the mode ``asan`` AddressSanitizer watches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from gpuconv.cuda import runtime
+from tests.cuda_on_cpu import arrays, sanitizer
+from tests.cuda_on_cpu.build import MODES, CompileError, compiler_available
+from tests.cuda_on_cpu.launch import CUDADriverError, KernelError, Settings
+from tests.cuda_on_cpu.module import Module
+
+__all__ = ["CUDADriverError", "CompileError", "KernelError", "compiler_available", "stand_in"]
+
+
+@contextmanager
+def stand_in(mode: str = "fast", seed: int = 0, devices: int = 1) -> Iterator[Module]:
+    """Put a module in the place of CuPy that runs kernels on the CPU.
+
+    Parameters
+    ----------
+    mode : {"fast", "checked", "asan"}
+        What is watched; ``asan`` works in a process that has AddressSanitizer loaded only.
+    seed : int
+        Of the order of blocks and threads. ``fast`` with the seed 0 runs them in order.
+    devices : int
+        Number of CUDA devices to show.
+
+    Yields
+    ------
+    Module
+        Use it as ``cupy``. ``settings.launches`` and ``cuda.nvtx.ranges`` tell what was done.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode is {mode!r}; expected one of {', '.join(MODES)}")
+    if mode == "asan":
+        sanitizer.require()
+    home = arrays.Home(mode, devices)
+    module = Module(home, Settings(mode, seed))
+    outer_home, outer = arrays.move_to(home), runtime.installed()
+    runtime.install(module)
+    try:
+        yield module
+    finally:
+        arrays.move_to(outer_home)
+        if outer is None:
+            runtime.uninstall()
+        else:
+            runtime.install(outer)

@@ -1,0 +1,73 @@
+// What the runtime (scheduler.cpp, checks.cpp) and the kernels compiled against device.h share.
+// The layout of Region and Launch is repeated in launch.py.
+#pragma once
+
+typedef __SIZE_TYPE__ size_t;
+typedef __UINTPTR_TYPE__ uintptr_t;
+typedef __UINT64_TYPE__ cuda_on_cpu_bits;
+
+struct uint3 {
+  unsigned x, y, z;
+};
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+  constexpr dim3(uint3 v) : x(v.x), y(v.y), z(v.z) {}
+  constexpr operator uint3() const { return {x, y, z}; }
+};
+
+enum { SHARED = -1, VARIABLE = -2 };
+
+// Memory that a kernel may touch: an array it was given, or a variable of its module.
+struct Region {
+  uintptr_t start;
+  size_t size;
+  unsigned shift;    // log2 of the bytes that share one record of accesses
+  int argument;      // its number, or SHARED, or VARIABLE
+  const char* name;  // of the variable
+};
+
+struct Launch {
+  void (*call)(void**);
+  void** arguments;
+  unsigned grid[3], block[3];
+  size_t dynamic_shared;
+  const Region* regions;
+  size_t region_count;
+  size_t guard;       // bytes before and after each argument that hold 0xff
+  unsigned preempt;   // a running thread makes way at one memory access in this many; 0: at none
+  int shuffle;        // blocks and threads in a random order
+  unsigned long long seed;
+};
+
+extern "C" {
+// Not const, though kernels must not change them: they change from thread to thread.
+extern uint3 threadIdx, blockIdx;
+extern dim3 blockDim, gridDim;
+
+// Runs a grid. Returns 0, or 1 with what went wrong in message.
+int cuda_on_cpu_launch(const Launch* launch, char* message, size_t size);
+
+// Block barrier. op 0: none; 1: count; 2: and; 3: or, over the predicates.
+int cuda_on_cpu_barrier(int op, int predicate, int line);
+
+// Every thread of the warp named in mask gives a value and sees all of them: the primitive under
+// shuffles, votes and whatever else a warp does together. Lanes outside mask read as ones. A
+// value may be a pointer to a thread's own variable (threads share one address space), valid
+// for the others until this thread leaves its next gather.
+void cuda_on_cpu_gather(int op, unsigned mask, cuda_on_cpu_bits value, cuda_on_cpu_bits* all,
+                        int line);
+
+unsigned cuda_on_cpu_active_mask();
+unsigned cuda_on_cpu_lane();
+void* cuda_on_cpu_dynamic_shared();
+size_t cuda_on_cpu_dynamic_shared_size();
+void cuda_on_cpu_yield();
+[[noreturn]] void cuda_on_cpu_fail(const char* format, ...);
+void cuda_on_cpu_trap();
+
+// Of the checking runtime: an atomic operation is about to happen, called from there.
+void cuda_on_cpu_atomic(const void* address, size_t size, void* caller);
+}
+
+enum { GATHER_SYNC, GATHER_SHUFFLE, GATHER_VOTE, GATHER_MATCH, GATHER_REDUCE, GATHER_USER };
