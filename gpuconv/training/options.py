@@ -138,7 +138,13 @@ def checked_settings(
     wanted, engine, threads = args.device, args.engine, args.threads
     if saved is not None:
         threads = saved["threads"] if threads is None else threads
+        # An engine belongs to a device: what is given for one leaves the other free.
         if wanted is None and engine is None:
             wanted, engine = saved["device"], saved["engine"]
-    where = choose_device(wanted, engine)
+    try:
+        where = choose_device(wanted, engine)
+    except DeviceError as error:
+        if saved is None or args.device is not None:
+            raise
+        raise DeviceError(f"{error}; --device cpu goes on with the run on the CPU") from None
     return where, {"device": str(where), "engine": engine, "threads": set_threads(threads)}

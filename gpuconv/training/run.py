@@ -8,6 +8,7 @@ exactly needs), ``metrics.jsonl`` (one line an epoch, the test at the end),
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -17,8 +18,10 @@ from typing import Any
 import numpy as np
 
 from gpuconv._version import __version__
+from gpuconv.arguments import integer
 from gpuconv.device import Device
 from gpuconv.models import Sequential
+from gpuconv.optimizers import get_optimizer
 from gpuconv.threads import single_threaded_blas
 from gpuconv.training import checkpoint
 from gpuconv.training.data import (
@@ -327,9 +330,7 @@ def resume(
     try:
         recipe = Recipe.from_json(header.get("recipe", {}))
         progress = Progress.from_json(header.get("progress", {}))
-        settings = header.get("settings")
-        if not isinstance(settings, dict) or set(settings) != {"device", "engine", "threads"}:
-            raise ValueError(f"settings is {settings!r}; expected device, engine and threads")
+        settings = _settings(header.get("settings"))
         if not isinstance(header.get("source"), str):
             raise ValueError("source is missing")
     except (TypeError, ValueError) as error:
@@ -345,15 +346,54 @@ def resume(
     net = _network(info, place, path)
     model = {k.partition(".")[2]: v for k, v in tensors.items() if k.startswith("model.")}
     state = {k.partition(".")[2]: v for k, v in tensors.items() if k.startswith("state.")}
-    checkpoint.check_tensors(model, net.tensors(), path)
+    optimizer = make_optimizer(recipe, len(split.train))
     try:
-        net.set_optimizer(make_optimizer(recipe, len(split.train)))
+        updates = _updates(progress, recipe, len(split.train))
+        if any(part["cur_step"] != updates for part in header["state"]):
+            raise ValueError(f"state is not that after {updates} updates")
+        checkpoint.check_tensors(model, net.tensors(), path)
+        checkpoint.check_tensors(state, _remembered(optimizer, net) if updates else {}, path)
+        net.set_optimizer(optimizer)
         net.load_tensors(model)
         net.load_state(header["state"], state)
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
+        text = str(error) if str(path) in str(error) else f"{path}: {error}"
+        raise ValueError(text) from error
     where = where if where == DIGITS else str(Path(where).resolve())
     return Run(recipe, where, data, split, info, net, progress, settings)
+
+
+def _settings(values: Any) -> dict[str, Any]:
+    """Return the settings of a checkpoint, each of its kind."""
+    if (
+        not isinstance(values, dict)
+        or set(values) != {"device", "engine", "threads"}
+        or not isinstance(values["device"], str)
+        or not isinstance(values["engine"], (str, type(None)))
+    ):
+        raise ValueError(f"settings is {values!r}; expected device, engine and threads")
+    integer("threads", values["threads"], 1)
+    return values
+
+
+def _updates(progress: Progress, recipe: Recipe, train_images: int) -> int:
+    """Return how many updates the network has had, if the run can be there."""
+    steps = math.ceil(train_images / recipe.batch_size)
+    if progress.epoch > recipe.epochs or progress.step >= steps:
+        raise ValueError(
+            f"progress is at epoch {progress.epoch}, step {progress.step}; expected at most "
+            f"{recipe.epochs} epochs of {steps} steps"
+        )
+    return progress.epoch * steps + progress.step
+
+
+def _remembered(optimizer: str, net: Sequential) -> dict[str, Any]:
+    """Return arrays of the names, shapes and dtypes that the optimizer remembers after a step."""
+    probe = get_optimizer(optimizer)
+    probe.step()
+    probe(np.zeros(1), np.zeros(1), "p")
+    parts = [name.partition(".")[2] for name in probe.state()[1]]
+    return {f"{name}.{part}": value for name, value in net.tensors().items() for part in parts}
 
 
 def sweep(folder: Path) -> None:
