@@ -6,9 +6,10 @@ import os
 import platform
 import re
 import subprocess
+import time
 from typing import Any
 
-__all__ = ["describe", "slug"]
+__all__ = ["busy", "describe", "slug"]
 
 
 def describe() -> dict[str, Any]:
@@ -26,6 +27,17 @@ def describe() -> dict[str, Any]:
     }
 
 
+def busy(seconds: float = 0.2) -> float | None:
+    """Return how many cores are at work while this process waits; None where it is not known."""
+    before = _ticks()
+    time.sleep(seconds)
+    after = _ticks()
+    if before is None or after is None:
+        return None
+    at_work, total = after[0] - before[0], after[1] - before[1]
+    return (os.cpu_count() or 1) * at_work / max(1, total)
+
+
 def slug(machine: dict[str, Any]) -> str:
     """Return the machine as part of a file name: ``amd-epyc-9354-16-cores``."""
     name = re.sub(r"\((r|tm)\)|\bcpu\b|@.*|\bprocessor\b|\d+-core", " ", machine["cpu"].lower())
@@ -37,6 +49,16 @@ def _cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def _ticks() -> tuple[int, int] | None:
+    """Return the clock ticks of all cores at work, and all ticks, since the system started."""
+    try:
+        with open("/proc/stat", encoding="utf-8") as file:
+            ticks = [int(t) for t in file.readline().split()[1:9]]
+    except (OSError, ValueError):
+        return None
+    return sum(ticks) - ticks[3] - ticks[4], sum(ticks)
 
 
 def _cpuinfo() -> dict[str, str]:

@@ -120,10 +120,11 @@ def run(options: NetOptions) -> dict[str, Any]:
                 found[name]["losses"] += answer["losses"]
                 found[name]["times"].append(answer["times"])
             options.say(f"round {number + 1} of {options.rounds}")
+        place = machine.describe()
     return {
         "schema": 1,
         "date": date.isoformat(timespec="seconds"),
-        "machine": machine.describe(),
+        "machine": place,
         "options": {
             name: getattr(options, name)
             for name in ("threads", "batch", "side", "channels", "steps", "rounds", "check")

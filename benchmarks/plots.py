@@ -41,6 +41,9 @@ def draw(result: dict[str, Any], folder: Path, stem: str) -> list[Path]:
             ]
             if peer is not None and any(ratio(r, peer) is not None for r in rows):
                 made.append(_ratios(result, rows, peer, folder / f"{stem}-{dtype}-ratio.png"))
+            fits = [f for f in result.get("scaling", []) if f["dtype"] == dtype]
+            if fits:
+                made.append(_scaling(fits, folder / f"{stem}-{dtype}-scaling.png"))
             usual = [r for r in rows if r["kind"] != "call overhead"]
             if usual:
                 file = folder / f"{stem}-{dtype}-roofline.png"
@@ -97,6 +100,33 @@ def _ratios(result: dict[str, Any], rows: list[dict[str, Any]], peer: str, file:
     axes.set_xlabel(f"time of {label(peer)} / time of gpuconv  (right of 1: gpuconv is faster)")
     axes.set_title(f"{rows[0]['dtype']} beside {label(peer)}. {_where(result)}", fontsize=8)
     axes.legend(loc="lower right", frameon=True, framealpha=0.9, edgecolor="none", fontsize=7)
+    figure.savefig(file)
+    return file
+
+
+def _scaling(fits: list[dict[str, Any]], file: Path) -> Path:
+    """Draw time over FLOPs, a panel a sweep, with the slope of each peer's fit."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.1 * len(fits) + 0.5, 3.2), layout="constrained")
+    panels = figure.subplots(1, len(fits), squeeze=False)[0]
+    for axes, fit in zip(panels, fits, strict=True):
+        work = np.array(fit["flops"]) / 1e9
+        for number, (peer, seconds) in enumerate(fit["seconds"].items()):
+            slope = fit["exponent"][peer]
+            times = [np.nan if s is None else 1e3 * s for s in seconds]
+            name = label(peer) + ("" if slope is None else f", {slope:.3f}")
+            color = (_OWN, _OTHER)[number % 2]
+            axes.plot(work, times, "o-", color=color, markersize=4, linewidth=1, label=name)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel(f"GFLOP; {fit['axis']} {fit['values'][0]} to {fit['values'][-1]}")
+        axes.set_title(f"{fit['pass']}, {fit['fixed']}")
+        axes.grid(color="#eceef1", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.legend(frameon=False, title="slope", alignment="left")
+    panels[0].set_ylabel("ms a call")
+    figure.suptitle(fits[0]["shape"], x=0.01, ha="left", fontsize=8)
     figure.savefig(file)
     return file
 

@@ -34,6 +34,9 @@ PASS_TITLES = {
     "weight_grad": "weight and bias gradients alone",
 }
 
+#: How many cores may be at work for others before the page says so.
+QUIET = 0.25
+
 Row = dict[str, Any]
 
 
@@ -176,6 +179,12 @@ def _head(result: dict[str, Any]) -> str:
         f"- measured in the same run: matrix product {peak}; copy "
         f"{machine['bandwidth_bytes'] / 1e9:.1f} GB/s, read plus written",
     ]
+    busy = machine.get("busy_cores")
+    if busy is not None and busy > QUIET:
+        lines.append(
+            f"- **not to be relied on**: {busy:.1f} cores were at work for others as the run began "
+            "or ended"
+        )
     if left:
         lines.append(f"- left out: {', '.join(left)}")
     lines += [

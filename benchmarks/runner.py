@@ -128,9 +128,13 @@ def run(options: Options) -> dict[str, Any]:
         If it cannot be run as asked.
     """
     check(options)
+    idle = machine.busy()
     with pinned(options.threads), ExitStack() as stack:
         runner = Runner(options, stack)
-        return runner.result()
+        result = runner.result()
+    others = [b for b in (idle, machine.busy()) if b is not None]
+    result["machine"]["busy_cores"] = max(others, default=None)
+    return result
 
 
 class Runner:

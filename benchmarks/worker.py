@@ -108,7 +108,7 @@ class Worker:
         """Measure BLAS's best FLOP/s in each dtype, and the memory's byte/s, read plus written."""
         peak = {}
         for dtype in dtypes:
-            n = 2048
+            n = 2048 if seconds >= 0.3 else 1024
             a = np.random.default_rng(0).standard_normal((n, n)).astype(dtype)
             b, out = a.T.copy(), np.empty_like(a)
             best = _best(lambda a=a, b=b, out=out: np.matmul(a, b, out=out), seconds)  # type: ignore[misc]
