@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from gpuconv.cli import main
 from gpuconv.training import checkpoint, run
 from gpuconv.training.data import Scaling
 from tests.small_images import images, save
+from tests.test_device import ROOT
 
 Tensors = dict[str, np.ndarray]
 Header = dict[str, Any]
@@ -90,6 +93,17 @@ def test_arrays_come_back_as_they_were(tmp_path: Path) -> None:
     for name, value in given.items():
         assert found[name].dtype == value.dtype
         np.testing.assert_array_equal(found[name], value)
+
+
+def test_the_same_content_gives_the_same_bytes(tmp_path: Path) -> None:
+    code = (
+        "import numpy as np; from gpuconv.training import checkpoint\n"
+        "checkpoint.write({!r}, 'model', dict(a=1, b=2), dict(x=np.ones(3), y=np.ones(5, 'f4')))"
+    )
+    for name in "abcd":  # the order of a set of words differs from process to process
+        path = str(tmp_path / name)
+        subprocess.run([sys.executable, "-c", code.format(path)], cwd=ROOT, check=True)
+    assert len(set(contents(tmp_path).values())) == 1
 
 
 def test_a_failed_write_leaves_the_old_file(

@@ -129,8 +129,21 @@ def write(
         "header": json.dumps({"kind": kind, **header}, allow_nan=False),
     }
     # safetensors writes the memory as it lies: a transposed view would come back scrambled.
-    whole = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
-    write_bytes(Path(path), save(whole, metadata))
+    whole = {name: np.asarray(value, order="C") for name, value in tensors.items()}
+    write_bytes(Path(path), _ordered(save(whole), metadata))
+
+
+def _ordered(content: bytes, metadata: Mapping[str, str]) -> bytes:
+    """Return the container with its metadata, in their order.
+
+    safetensors itself puts them in another order in every process; so the same model gives the
+    same file.
+    """
+    length = int.from_bytes(content[:8], "little")
+    index = {"__metadata__": dict(metadata), **json.loads(content[8 : 8 + length])}
+    text = json.dumps(index, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the numbers stay aligned
+    return len(text).to_bytes(8, "little") + text + content[8 + length :]
 
 
 def read(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
