@@ -268,9 +268,10 @@ def _conv(
                 y = namespace(x).empty(plan.y_shape, x.dtype)
         if not plan.empty:
             chosen = dispatch.choose(problem, "forward", where.kind)
-            chosen.forward(
-                problem, _last(x, plan.x_axes), _last(w, plan.w_axes), b, _last(y, plan.x_axes)
-            )
+            with _range(problem, "forward", where.kind, chosen.name):
+                chosen.forward(
+                    problem, _last(x, plan.x_axes), _last(w, plan.w_axes), b, _last(y, plan.x_axes)
+                )
         if out is not None and y is not out:
             out[...] = y
             return out
@@ -359,14 +360,19 @@ def _run_backward(
     by_w = dispatch.choose(plan.plain, "weight_grad", kind) if weights else None
     whole = by_x or by_w
     if whole is not None and whole.fused_backward and all(e in (whole, None) for e in (by_x, by_w)):
-        whole.backward(plan.problem, dy, x, w, y, dx, dw, db)
+        with _range(plan.problem, "backward", kind, whole.name):
+            whole.backward(plan.problem, dy, x, w, y, dx, dw, db)
         return
-    activation = plan.problem.activation
-    dz = dy if activation is None or y is None else epilogue_grad(dy, y, activation)
-    if by_x is not None and dx is not None:
-        by_x.input_grad(plan.plain, dz, w, dx)
-    if by_w is not None:
-        by_w.weight_grad(plan.plain, dz, x, dw, db)
+    names = " ".join(dict.fromkeys(e.name for e in (by_x, by_w) if e is not None))
+    with _range(plan.problem, "backward", kind, names):
+        activation = plan.problem.activation
+        dz = dy if activation is None or y is None else epilogue_grad(dy, y, activation)
+        if by_x is not None and dx is not None:
+            with _range(plan.problem, "input_grad", kind, by_x.name):
+                by_x.input_grad(plan.plain, dz, w, dx)
+        if by_w is not None:
+            with _range(plan.problem, "weight_grad", kind, by_w.name):
+                by_w.weight_grad(plan.plain, dz, x, dw, db)
 
 
 # --------------------------------------------------------------------------------- arguments
@@ -628,3 +634,19 @@ def _on(where: Device) -> AbstractContextManager[Any]:
 
 
 _NOTHING: AbstractContextManager[Any] = nullcontext()
+
+
+def _range(
+    problem: ConvProblem, pass_: str, kind: str, engines: str
+) -> AbstractContextManager[Any]:
+    """Name what a profiler sees of a pass; nothing to do on the CPU."""
+    if kind == "cpu":
+        return _NOTHING
+    return runtime.named_range(_range_name(problem, pass_, engines))
+
+
+@lru_cache(maxsize=4096)
+def _range_name(problem: ConvProblem, pass_: str, engines: str) -> str:
+    x, w = ("x".join(map(str, shape)) for shape in (problem.x_shape, problem.w_shape))
+    what = f"{engines} {problem.dtype} {problem.layout} {x} * {w}"
+    return f"gpuconv.conv{problem.ndim}d.{pass_}[{what}]"

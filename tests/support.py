@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 import gpuconv
 from gpuconv import dispatch
 from gpuconv.activations import get_activation
+from gpuconv.cuda import runtime
 
 CPU_ENGINES = ["naive", "numpy_gemm"]
 CUDA_ENGINES = ["cuda_atomic"]
@@ -129,7 +131,7 @@ def close(got: np.ndarray, want: np.ndarray, allowed: float) -> None:
 
 
 def real_gpu() -> bool:
-    return gpuconv.device.__module__ is not None and _gpu_count() > 0
+    return runtime.installed() is None and _gpu_count() > 0
 
 
 @cache
@@ -140,16 +142,15 @@ def _gpu_count() -> int:
 
 
 @contextmanager
-def home(engine: str, mode: str = "fast", seed: int = 0) -> Iterator[Any]:
+def home(engine: str, mode: str | None = None, seed: int = 0) -> Iterator[Any]:
     """Make the device of ``engine`` usable: yields the array library to put data into.
 
-    CUDA engines run on a GPU where there is one, else the kernels run on the CPU.
+    CUDA engines run on a GPU where there is one, else the kernels run on the CPU, in the mode
+    of ``tests.cuda_on_cpu.stand_in`` given here or in ``GPUCONV_TEST_KERNELS``.
     """
     if engine in CPU_ENGINES:
         yield np
     elif real_gpu():
-        from gpuconv.cuda import runtime
-
         yield runtime.cupy()
     else:
         from tests.cuda_on_cpu import compiler_available, stand_in
@@ -157,7 +158,7 @@ def home(engine: str, mode: str = "fast", seed: int = 0) -> Iterator[Any]:
         reason = compiler_available()
         if reason:
             pytest.skip(reason)
-        with stand_in(mode=mode, seed=seed) as cp:
+        with stand_in(mode or os.environ.get("GPUCONV_TEST_KERNELS", "fast"), seed) as cp:
             yield cp
 
 

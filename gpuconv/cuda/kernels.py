@@ -16,10 +16,20 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from gpuconv import activations
 from gpuconv.activations import ELU, GELU, SELU, Activation, Affine, LeakyReLU
 from gpuconv.cuda import runtime
 
-__all__ = ["Variant", "activation_defines", "clear", "grid_for", "launch", "read", "variants"]
+__all__ = [
+    "Variant",
+    "activation_defines",
+    "clear",
+    "grid_for",
+    "has_activation",
+    "launch",
+    "read",
+    "variants",
+]
 
 #: Threads of a block for the elementwise-like kernels.
 BLOCK = 256
@@ -113,27 +123,32 @@ def suffix(dtype: str) -> str:
 
 
 # The numbers of kernels/activations.cuh.
-_ACTIVATIONS = {
-    "Identity": 0,
-    "Affine": 1,
-    "ReLU": 2,
-    "LeakyReLU": 3,
-    "ELU": 4,
-    "SELU": 5,
-    "GELU": 6,
-    "Tanh": 8,
-    "Sigmoid": 9,
-    "HardSigmoid": 10,
-    "SoftPlus": 11,
-    "Exponential": 12,
+_ACTIVATIONS: dict[type[Activation], int] = {
+    activations.Identity: 0,
+    activations.Affine: 1,
+    activations.ReLU: 2,
+    activations.LeakyReLU: 3,
+    activations.ELU: 4,
+    activations.SELU: 5,
+    activations.GELU: 6,
+    activations.Tanh: 8,
+    activations.Sigmoid: 9,
+    activations.HardSigmoid: 10,
+    activations.SoftPlus: 11,
+    activations.Exponential: 12,
 }
+
+
+def has_activation(activation: Activation | None) -> bool:
+    """Return whether ``activations.cuh`` has it; a class of the user's own it has not."""
+    return activation is None or type(activation) in _ACTIVATIONS
 
 
 def activation_defines(activation: Activation | None) -> dict[str, str]:
     """Return the constants that choose an activation in ``activations.cuh``."""
     if activation is None:
         return {"ACT": "0"}
-    code = _ACTIVATIONS[type(activation).__name__]
+    code = _ACTIVATIONS[type(activation)]
     first = second = 0.0
     if isinstance(activation, Affine):
         first, second = activation.slope, activation.intercept

@@ -22,6 +22,8 @@ __all__ = ["CudaAtomic", "sample_variants"]
 Array = Any
 
 _NULL = np.uintp(0)
+#: Offsets at or beyond this are held in 64 bits.
+_WIDE_FROM = 2**31
 
 
 @lru_cache(maxsize=1024)
@@ -76,6 +78,12 @@ class CudaAtomic(Engine):
     deterministic = False
     fused_backward = True
     ndims = (2,)
+
+    def unsupported(self, problem: ConvProblem, pass_: Pass) -> str | None:
+        """Return why it cannot compute this pass of ``problem``, or None."""
+        if not kernels.has_activation(problem.activation):
+            return f"no kernel computes the activation {problem.activation}"
+        return super().unsupported(problem, pass_)
 
     def cost(self, problem: ConvProblem, pass_: Pass) -> float:
         """Return the time at the rate of scattered loads or, for gradients, of atomics."""
@@ -166,7 +174,7 @@ class CudaAtomic(Engine):
             problem.stride,
             problem.dilation,
             problem.layout == CHANNELS_FIRST,
-            largest + grid * kernels.BLOCK >= 2**31,
+            largest + grid * kernels.BLOCK >= _WIDE_FROM,
             problem.activation,
         )
         sizes = (

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from gpuconv.cuda import runtime
-from tests.cuda_on_cpu import arrays, sanitizer
+from tests.cuda_on_cpu import arrays
 from tests.cuda_on_cpu.build import MODES, CompileError, compiler_available
 from tests.cuda_on_cpu.launch import CUDADriverError, KernelError, Settings
 from tests.cuda_on_cpu.module import Module
@@ -45,6 +45,8 @@ def stand_in(mode: str = "fast", seed: int = 0, devices: int = 1) -> Iterator[Mo
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}; expected one of {', '.join(MODES)}")
     if mode == "asan":
+        from tests.cuda_on_cpu import sanitizer
+
         sanitizer.require()
     home = arrays.Home(mode, devices)
     module = Module(home, Settings(mode, seed))
