@@ -25,6 +25,7 @@ import pytest
 import gpuconv
 from gpuconv.cli import main
 from gpuconv.training import loop, run
+from tests.cuda_on_cpu import compiler_available, stand_in
 from tests.small_images import CLASSES, images, save
 from tests.test_device import ROOT, WORKING, bare_environment, fake_cupy
 
@@ -269,6 +270,28 @@ def test_an_engine_can_be_forced(here: Path, data: str, engine: str) -> None:
     assert json.loads((here / "a" / run.CONFIG).read_text())["settings"]["engine"] == engine
 
 
+def test_an_engine_brings_its_device(
+    here: Path, data: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As on a GPU, with its kernels run on the CPU: trained, gone on with, predicted."""
+    if reason := compiler_available():
+        pytest.skip(reason)
+    with stand_in():
+        fast = ["--epochs", "1", "--batch-size", "16", "--out", "a"]
+        assert main(["train", "--data", data, "--engine", "cuda_atomic", *fast]) == 0
+        assert "device cuda:0, engine cuda_atomic" in capsys.readouterr().out
+        assert main(["train", "--resume", "a", "-q"]) == 0
+        assert main(["train", "--data", data, "--engine", "naive", "--out", "b", *fast[:4]]) == 0
+        assert "device cpu, engine naive" in capsys.readouterr().out
+    capsys.readouterr()
+    assert main(["train", "--resume", "a"]) == 2
+    said = capsys.readouterr().err
+    assert "cuda" in said
+    assert "--device cpu goes on with the run on the CPU" in said
+    assert main(["train", "--resume", "a", "--device", "cpu", "-q"]) == 0
+    assert main(["predict", "a", data, *COMMON]) == 0
+
+
 def test_runs_are_numbered_and_never_overwritten(
     here: Path, data: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -483,7 +506,7 @@ def test_a_terminal_shows_a_bar_with_loss_and_accuracy(here: Path) -> None:
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
     with subprocess.Popen(
-        [sys.executable, "-m", "gpuconv", "train", "--data", data, "--epochs", "1", "--out", "a", *COMMON],
+        [sys.executable, "-m", "gpuconv", "train", "--data", data, "--epochs", "1", "--batch-size", "2", "--out", "a", *COMMON],
         env=environment(COLUMNS="120"), stdout=subprocess.PIPE, stderr=theirs,
     ) as process:  # fmt: skip
         os.close(theirs)
@@ -501,7 +524,7 @@ def test_a_terminal_shows_a_bar_with_loss_and_accuracy(here: Path) -> None:
     os.close(ours)
     assert process.returncode == 0
     frames = shown.decode().split("\r")
-    assert any(re.search(r"epoch 1/1: .*\d+/33 .*loss \d\.\d+ accuracy 0\.\d+", f) for f in frames)
+    assert any(re.search(r"epoch 1/1: .*\d+/525 .*loss \d\.\d+ accuracy 0\.\d+", f) for f in frames)
     assert frames[-1].strip() == ""  # the bar is taken off: the line of the epoch says the same
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -34,6 +33,7 @@ from gpuconv.training.loop import (
     fit,
 )
 from gpuconv.training.recipe import Recipe, make_network, make_optimizer, network_layers
+from tests.cuda_on_cpu import compiler_available, stand_in
 from tests.small_images import images, network, save, scaled
 
 HELD = scaled(20, seed=1)
@@ -206,7 +206,9 @@ def test_wrong_calls_of_fit_change_nothing(name: str) -> None:
 def test_a_network_too_deep_for_its_images_says_which_layer() -> None:
     layers = [Conv2D(2, (3, 3)), Pool2D((2, 2), stride=2), Conv2D(2, (3, 3)), Flatten()]
     net = Sequential([*layers, FullyConnected(3)], device="cpu")
-    with pytest.raises(ValueError, match=r"layer 2 \(Conv2D\): X has shape .* expected at least the kernel"):
+    with pytest.raises(
+        ValueError, match=r"layer 2 \(Conv2D\): X has shape .* expected at least the kernel"
+    ):
         fit(net, scaled(), HELD, epochs=1)
 
 
@@ -410,30 +412,32 @@ def test_engines_agree_on_the_losses(dtype: str) -> None:
     np.testing.assert_allclose(*found, rtol=1e-3 if dtype == "float32" else 1e-10)
 
 
-@contextlib.contextmanager
-def cuda() -> Any:
-    cuda_on_cpu = pytest.importorskip("tests.cuda_on_cpu")
-    if not cuda_on_cpu.compiler_available():
-        pytest.skip("no C++ compiler to run the CUDA sources with")
-    with cuda_on_cpu.stand_in() as cp:
-        yield cp
+@pytest.fixture
+def needs_compiler() -> None:
+    if reason := compiler_available():
+        pytest.skip(reason)
 
 
+needs = pytest.mark.usefixtures("needs_compiler")
+
+
+@needs
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_a_few_steps_on_a_cuda_device_have_the_losses_of_numpy(dtype: str) -> None:
     """The very loop of the command, with the kernels run on the CPU in the place of a GPU."""
     recipe = Recipe(dtype=dtype)
     want = losses(make_network(recipe, (6, 5, 1), 3, 24, "cpu"), 4, dtype)
-    with cuda() as cp, gpuconv.engine("cuda_atomic"):
+    with stand_in() as cp, gpuconv.engine("cuda_atomic"):
         net = make_network(recipe, (6, 5, 1), 3, 24, "cuda")
         found = losses(net, 4, dtype)
         assert all(isinstance(p, cp.ndarray) for p in net.parameters.values())
     np.testing.assert_allclose(found, want, rtol=2e-3 if dtype == "float32" else 1e-9)
 
 
+@needs
 def test_what_was_trained_on_a_cuda_device_predicts_on_the_cpu(tmp_path: Path) -> None:
     path = save(tmp_path / "a.npz", X=images(30)[0], y=images(30)[1])
-    with cuda():
+    with stand_in():
         made = run.start(Recipe(epochs=1, batch_size=16), str(path), {}, "cuda")
         made.train()
         test = made.test()
