@@ -87,6 +87,8 @@ def main(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 130
+    except BrokenPipeError:
+        raise  # nobody reads what is said: not an error of the run
     except (gpuconv.EngineError, OSError) as error:
         return _fail(error, 1)
 
@@ -226,10 +228,10 @@ def _train(run: Any, folder: Path, args: argparse.Namespace, say: Any) -> int:
     from gpuconv.training.interrupt import StopRequest
     from gpuconv.training.loop import DivergedError
 
-    _introduce(run, folder, say)
     reporter = _Reporter(run, folder, say, args.quiet)
-    begin = time.perf_counter()
     with StopRequest() as stop:
+        _introduce(run, folder, say)
+        begin = time.perf_counter()
         try:
             run.train(reporter, stop)
         except DivergedError as error:
