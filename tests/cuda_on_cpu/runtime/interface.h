@@ -52,11 +52,12 @@ int cuda_on_cpu_launch(const Launch* launch, char* message, size_t size);
 int cuda_on_cpu_barrier(int op, int predicate, int line);
 
 // Every thread of the warp named in mask gives a value and sees all of them: the primitive under
-// shuffles, votes and whatever else a warp does together. Lanes outside mask read as ones. A
+// shuffles, votes and whatever else a warp does together. Returns the lanes that took part: those
+// of mask, as far as the block has such threads; others read as ones. A
 // value may be a pointer to a thread's own variable (threads share one address space), valid
 // for the others until this thread leaves its next gather.
-void cuda_on_cpu_gather(int op, unsigned mask, cuda_on_cpu_bits value, cuda_on_cpu_bits* all,
-                        int line);
+unsigned cuda_on_cpu_gather(int op, unsigned mask, cuda_on_cpu_bits value, cuda_on_cpu_bits* all,
+                            int line);
 
 unsigned cuda_on_cpu_active_mask();
 unsigned cuda_on_cpu_lane();

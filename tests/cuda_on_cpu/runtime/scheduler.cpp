@@ -387,8 +387,8 @@ int cuda_on_cpu_barrier(int op, int predicate, int line) {
 
 unsigned cuda_on_cpu_lane() { return thread_now.thread % 32; }
 
-void cuda_on_cpu_gather(int op, unsigned mask, cuda_on_cpu_bits value, cuda_on_cpu_bits* all,
-                        int line) {
+unsigned cuda_on_cpu_gather(int op, unsigned mask, cuda_on_cpu_bits value, cuda_on_cpu_bits* all,
+                            int line) {
   const unsigned lane = thread_now.thread % 32, warp = thread_now.thread / 32;
   if (!(mask >> lane & 1))
     cuda_on_cpu_fail("line %d: lane %u calls a warp collective whose mask %08x does not name it",
@@ -423,6 +423,7 @@ void cuda_on_cpu_gather(int op, unsigned mask, cuda_on_cpu_bits value, cuda_on_c
   memcpy(all, m->values, sizeof m->values);
   m->left &= ~(1u << lane);
   if (op == GATHER_SYNC) thread_now.warp_epochs[thread_now.thread]++;
+  return mask;
 }
 
 unsigned cuda_on_cpu_active_mask() {

@@ -59,11 +59,14 @@ inline T shuffle(int how, unsigned mask, T value, int by, int width, int line) {
 template <class T, class F>
 inline T reduce(unsigned mask, T value, int line, F combine) {
   cuda_on_cpu_bits all[32];
-  cuda_on_cpu_gather(GATHER_REDUCE, mask, pack(value), all, line);
+  mask = cuda_on_cpu_gather(GATHER_REDUCE, mask, pack(value), all, line);
   bool first = true;
   T total = value;
   for (int i = 0; i < 32; i++)
-    if (mask >> i & 1) total = first ? unpack<T>(all[i]) : combine(total, unpack<T>(all[i])), first = false;
+    if (mask >> i & 1) {
+      total = first ? unpack<T>(all[i]) : combine(total, unpack<T>(all[i]));
+      first = false;
+    }
   return total;
 }
 
@@ -102,7 +105,7 @@ inline int __all_sync(unsigned mask, int predicate, CUDA_ON_CPU_LINE) {
 }
 template <class T> inline unsigned __match_any_sync(unsigned mask, T value, CUDA_ON_CPU_LINE) {
   cuda_on_cpu_bits all[32];
-  cuda_on_cpu_gather(GATHER_MATCH, mask, cuda_on_cpu::pack(value), all, line);
+  mask = cuda_on_cpu_gather(GATHER_MATCH, mask, cuda_on_cpu::pack(value), all, line);
   unsigned same = 0;
   for (int i = 0; i < 32; i++)
     if (mask >> i & 1 && all[i] == cuda_on_cpu::pack(value)) same |= 1u << i;
