@@ -32,7 +32,7 @@ _MODE_FLAGS = {
     "fast": [],
     "checked": ["-g1"],
     "asan": ["-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined",
-             "-fno-sanitize=vptr", "-fno-sanitize-recover=undefined"],
+             "-fno-sanitize=vptr,object-size", "-fno-sanitize-recover=undefined"],
 }  # fmt: skip
 #: Flags of NVRTC that mean nothing here.
 _IGNORED = re.compile(r"--?(use_fast_math|lineinfo|maxrregcount|arch|gpu-architecture|std)\b.*")
@@ -91,7 +91,10 @@ def _identity() -> str:
 
 def _run(arguments: Sequence[str], text: str = "") -> str:
     command = [find_compiler() or "c++", *arguments]
-    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+    plain = {**os.environ, "LC_ALL": "C"}  # messages in ASCII
+    done = subprocess.run(
+        command, input=text, capture_output=True, text=True, check=False, env=plain
+    )
     if done.returncode:
         raise CompileError(done.stderr.strip() or f"{command[0]} failed")
     return done.stdout

@@ -100,7 +100,9 @@ void describe(const Watched& w, uintptr_t address, size_t size, char* text, size
   uintptr_t least = address < 4096 ? 0 : ~(uintptr_t)0;
   for (const Watched& w : watched) {
     const uintptr_t end = w.region.start + w.region.size;
-    const uintptr_t away = address < w.region.start ? w.region.start - address : address - end;
+    const uintptr_t away = address < w.region.start ? w.region.start - address
+                           : address < end          ? 0
+                                                    : address - end;
     if (away < least) least = away, nearest = &w;
   }
   if (nearest) describe(*nearest, address, size, place, sizeof place);
