@@ -21,6 +21,7 @@ from gpuconv.arguments import integer
 from gpuconv.cuda import runtime
 from gpuconv.device import CPU, Device, device, device_of, namespace, parse_device
 from gpuconv.engines.base import epilogue_grad
+from gpuconv.engines.epilogue import backward_by_parts
 from gpuconv.problem import CHANNELS_FIRST, CHANNELS_LAST, ConvProblem
 
 __all__ = ["conv2d", "conv2d_backward", "explain"]
@@ -364,6 +365,9 @@ def _run_backward(
             whole.backward(plan.problem, dy, x, w, y, dx, dw, db)
         return
     names = " ".join(dict.fromkeys(e.name for e in (by_x, by_w) if e is not None))
+    if kind == "cpu":
+        backward_by_parts(plan.problem, by_x, by_w, dy, x, w, y, dx, dw, db)
+        return
     with _range(plan.problem, "backward", kind, names):
         activation = plan.problem.activation
         dz = dy if activation is None or y is None else epilogue_grad(dy, y, activation)

@@ -104,15 +104,10 @@ class Engine(abc.ABC):
     ) -> None:
         """Write the gradients asked for (not None), given the gradient ``dy`` behind the activation.
 
-        ``y`` is the forward's result where ``problem.activation`` is not None.
+        Called only where ``fused_backward`` is set. ``y`` is the forward's result where
+        ``problem.activation`` is not None.
         """
-        dz = dy
-        if problem.activation is not None:
-            dz = epilogue_grad(dy, y, problem.activation)
-        if dx is not None:
-            self.input_grad(problem, dz, w, dx)
-        if dw is not None or db is not None:
-            self.weight_grad(problem, dz, x, dw, db)
+        raise NotImplementedError(f"{self.name} has no fused backward")
 
     @staticmethod
     def workspace_limit() -> int:

@@ -9,7 +9,8 @@ import numpy as np
 
 from gpuconv import settings, threads
 from gpuconv.activations import Activation
-from gpuconv.engines.windows import Axis, Block, Scratch, blocks, windows
+from gpuconv.engines.windows import Axis, Block, Scratch, blocks, forward_axes, windows
+from gpuconv.problem import ConvProblem
 
 __all__ = [
     "ROWS",
@@ -24,6 +25,7 @@ __all__ = [
     "transposed_weights",
     "weight_matrices",
     "wide_dtype",
+    "window_sums",
     "worker_count",
 ]
 
@@ -64,11 +66,16 @@ def block_target(depth: int, width: int, itemsize: int, share: int, least: int =
 
 def run_shares(shares: tuple[Any, ...], work: Any) -> None:
     """Run ``work(k, share)`` for every worker's share."""
+
+    def quiet(k: int) -> None:
+        with np.errstate(all="ignore"):  # NaN and Inf travel on without a word; a thread's own
+            work(k, shares[k])
+
     if len(shares) == 1:
-        work(0, shares[0])
+        quiet(0)
         return
     with threads.single_threaded_blas():
-        threads.run(lambda k: work(k, shares[k]), len(shares))
+        threads.run(quiet, len(shares))
 
 
 def weight_matrices(w: Array, groups: int, dtype: Any) -> Array:
@@ -184,3 +191,60 @@ def gemm_windows(
                 target[tuple(slice(a, b) for a, b in block)] = out.transpose(1, 0, 2).reshape(shape)
 
     run_shares(shares, work)
+
+
+def window_sums(
+    problem: ConvProblem, dz: Array, x: Array, dw: Array | None, db: Array | None
+) -> None:
+    """Write ``windows(x).T @ dz`` into ``dw``, and the sums of ``dz`` into ``db``, where given.
+
+    Each worker adds up one product per rectangle; then the workers' sums are added in order.
+    """
+    dtype = wide_dtype(problem.dtype)
+    groups = problem.groups
+    depth = problem.taps * (problem.in_channels // groups)
+    width = problem.out_channels // groups
+    axes = forward_axes(problem)
+    workers = worker_count(problem.flops)
+    target = block_target(groups * depth, groups * width, dtype.itemsize, workers, SUM_ROWS)
+    shares = blocks(dz.shape[:-1], target, workers)
+    totals: list[tuple[Array | None, Array | None]] = [(None, None)] * len(shares)
+
+    def work(k: int, share: tuple[Block, ...]) -> None:
+        total_w: Array | None = None
+        total_b: Array | None = None
+        product = None
+        for block in share:
+            cells = tuple(slice(a, b) for a, b in block)
+            gradient = flat_target(dz, block, groups, dtype)
+            if gradient is None:
+                copy = scratch.get("product", dz[cells].shape, dtype)
+                np.copyto(copy, dz[cells])
+                gradient = copy.reshape(-1, groups, width).transpose(1, 0, 2)
+            if db is not None:
+                part = np.matmul(np.ones(gradient.shape[1], dtype), gradient)
+                total_b = part if total_b is None else np.add(total_b, part, out=total_b)
+            if dw is None:
+                continue
+            rows = gathered(x, axes, block, groups, dtype).transpose(0, 2, 1)
+            if total_w is None:
+                total_w = np.empty((groups, depth, width), dtype)
+                multiply(rows, gradient, total_w)
+            else:
+                if product is None:
+                    product = np.empty_like(total_w)
+                multiply(rows, gradient, product)
+                total_w += product
+        totals[k] = total_w, total_b
+
+    run_shares(shares, work)
+    sum_w, sum_b = totals[0]
+    for other_w, other_b in totals[1:]:
+        if sum_w is not None and other_w is not None:
+            sum_w += other_w
+        if sum_b is not None and other_b is not None:
+            sum_b += other_b
+    if dw is not None and sum_w is not None:
+        dw[...] = sum_w.transpose(1, 0, 2).reshape(problem.w_shape)
+    if db is not None and sum_b is not None:
+        db[...] = sum_b.reshape(-1)

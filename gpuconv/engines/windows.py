@@ -206,7 +206,7 @@ class Scratch(threading.local):
     """Buffers of a thread, kept from call to call while they are small."""
 
     #: Bytes of the largest buffer that is kept.
-    KEEP = 4 * 2**20
+    KEEP = 16 * 2**20
 
     def __init__(self) -> None:
         self._kept: dict[str, Array] = {}
