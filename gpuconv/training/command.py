@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "it as if nothing had happened."
     )
     parser.epilog = (
-        "examples:  gpuconv train digits  |  gpuconv train --data mine.npz --epochs 50 --out run  "
+        "examples:  gpuconv train digits  |  gpuconv train --data mine.npz --epochs 20 --out run  "
         "|  gpuconv train --resume runs/digits-1"
     )
     add = parser.add_argument
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group("how to train")
     add = group.add_argument
-    add("--epochs", type=options.count(1), metavar="N", help="passes over the images (30)")
+    add("--epochs", type=options.count(1), metavar="N", help="passes over the images (50)")
     add("--batch-size", type=options.count(1), metavar="N", help="images a step (32)")
     add("--lr", type=options.rate, metavar="RATE", help="highest learning rate (0.003)")
     add("--weight-decay", type=options.between(1), metavar="W", help="of AdamW (0.01)")
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=["float32", "float64"], help="to compute in (float32)")
     group = parser.add_argument_group("how far training images are changed at random")
     change = group.add_argument
-    change("--shift", type=options.between(), metavar="PIXELS", help="moved along each axis (1)")
+    change("--shift", type=options.between(), metavar="PIXELS", help="moved along each axis (0.5)")
     change("--rotate", type=options.between(180), metavar="DEGREES", help="turned (10)")
     change("--zoom", type=options.between(1), metavar="PART", help="enlarged or reduced (0.1)")
     options.add_compute(parser)

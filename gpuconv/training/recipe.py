@@ -45,11 +45,11 @@ class Recipe:
         ``"float32"`` or ``"float64"``.
     """
 
-    epochs: int = 30
+    epochs: int = 50
     batch_size: int = 32
     lr: float = 0.003
     weight_decay: float = 0.01
-    shift: float = 1.0
+    shift: float = 0.5
     rotate: float = 10.0
     zoom: float = 0.1
     seed: int = 0
