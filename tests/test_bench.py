@@ -15,6 +15,7 @@ import pytest
 from benchmarks import children, machine, net, report, runner, suite
 from benchmarks.children import Child, ChildError, environment
 from gpuconv import bench
+from tests.support import CPU_ENGINES
 
 TORCH = importlib.util.find_spec("torch") is not None
 
@@ -151,13 +152,15 @@ def test_results_were_checked_before_they_were_timed(result):
                 names = {"dx"} if row["pass"] == "forward" else names - {"db"}
             assert set(found["errors"]) == names
             for result_name, error in found["errors"].items():
-                assert error <= found["tolerances"][result_name] < 1e-3
+                assert error <= found["tolerances"][result_name] < 1e-2
             assert found["least"] <= found["q1"] <= found["seconds"] <= found["q3"]
             assert found["samples"] >= 1
             assert 1 <= len(found["rounds"]) <= 2
-            if name.startswith("gpuconv"):
-                engine = "naive" if ":" in name else "numpy_gemm"
-                assert engine in found["engines"]
+            if name == "gpuconv:naive":
+                assert set(found["engines"]) == {"naive"}
+            elif name == "gpuconv":
+                assert set(found["engines"]) <= set(CPU_ENGINES)
+                assert found["engines"]
     assert report.failures(result) == []
 
 
@@ -177,31 +180,31 @@ def test_who_is_left_out_and_why(result):
 
 
 def test_memory_is_measured(tmp_path):
-    """A convolution's gathered windows are far larger than its input, and than the limit set."""
+    """The gathered windows, nine times the input, are beyond the limit set: blocks keep to it."""
     file = tmp_path / "suite.toml"
     file.write_text(SUITE.replace("input = [8, 8, 4]", "input = [96, 96, 32]"))
     options = runner.Options(
-        [s for s in suite.load(file) if s.name == "plain"], peers=(), repeat=1, seconds=0.001
+        [s for s in suite.load(file) if s.name == "plain"],
+        passes=("forward",),
+        peers=(),
+        repeat=1,
+        seconds=0.001,
     )
-    limit = "import gpuconv\ngpuconv.set_workspace_limit(2**21)\n"
-    with site(tmp_path, limit):
+    setting = """
+import gpuconv
+gpuconv.set_workspace_limit(2**21)
+forced = gpuconv.engine("numpy_gemm")
+forced.__enter__()
+"""
+    with site(tmp_path, setting):
         found = runner.run(options)
-    for row in found["rows"]:
-        assert 2**18 < row["memory"]["extra"] <= row["memory"]["limit"] == 2**21
-    extra = max(r["memory"]["extra"] for r in found["rows"])
+    (only,) = found["rows"]
+    assert only["peers"]["gpuconv"]["engines"] == ["numpy_gemm"]
+    assert 2**18 < only["memory"]["extra"] <= only["memory"]["limit"] == 2**21
+    extra = only["memory"]["extra"] / 2**20
     text = report.markdown(found)
-    assert f"gpuconv's arrays took at most {extra / 2**20:.1f} MiB (plain, " in text
+    assert f"gpuconv's arrays took at most {extra:.1f} MiB (plain, forward); the " in text
     assert "Over the limit" not in text
-
-
-def test_what_the_result_says_of_its_making(result):
-    assert result["options"]["threads"] == 1
-    keys = {"cpu", "cores", "system", "blas", "peak_flops", "bandwidth_bytes", "busy_cores"}
-    assert keys <= set(result["machine"])
-    assert result["machine"]["blas"]["num_threads"] in (1, None)
-    assert result["peers"]["gpuconv"]["versions"]["numpy"] == np.__version__
-    assert all(1e8 < peak < 1e13 for peak in result["machine"]["peak_flops"].values())
-    assert json.loads(report.to_json(result))["rows"] == result["rows"]
 
 
 def test_wrong_and_dying_peers_are_caught(shapes, tmp_path):
