@@ -109,6 +109,8 @@ __device__ void backward(const T* dy, const T* y, const T* x, const T* w,
       for (int q = 0; q < KW; q++) {
         const int s = o.j * SW + q * DW - left;
         if (s < 0 || s >= W) continue;
+        // The atomics take the time: unrolled, this loop gains nothing and spills registers.
+#pragma unroll 1
         for (int k = 0; k < in_group; k++) {
           const Index at_x = x_at(o.n, r, s, first + k, H, W, C);
           const Index at_w = w_at(p, q, k, o.c, in_group, O);
