@@ -117,18 +117,29 @@ def _explain_arguments(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("x", type=_integers, metavar="X", help="shape of the images, such as 8,56,56,64")
     add("w", type=_integers, metavar="W", help="shape of the kernels, such as 3,3,64,64")
-    add("--stride", type=_literal, default=1, help="N, or one an axis: 2,1 (1)")
+    add("--stride", type=_literal, default=1, metavar="N", help="N, or one an axis: 2,1 (1)")
     add(
         "--padding",
         type=_literal,
         default=0,
+        metavar="P",
         help="N, one an axis: 1,2, pairs: (0,1),(2,3), same or valid (0)",
     )
-    add("--dilation", type=_literal, default=1, help="N, or one an axis; 1 is dense (1)")
+    add(
+        "--dilation",
+        type=_literal,
+        default=1,
+        metavar="N",
+        help="N, or one an axis; 1 is dense (1)",
+    )
     add("--groups", type=int, default=1, metavar="N", help="of channels (1)")
-    add("--layout", default=None, help="NHWC, NCHW, or as many axes as X has (channels last)")
-    add("--dtype", default="float32", help="float16, float32 or float64 (float32)")
-    add("--activation", help="such as ReLU or 'LeakyReLU(alpha=0.1)' (none)")
+    add(
+        "--layout",
+        metavar="NAME",
+        help="NHWC or NCHW, channels_last or channels_first (the former)",
+    )
+    add("--dtype", default="float32", metavar="NAME", help="float16, float32 or float64 (float32)")
+    add("--activation", metavar="NAME", help="such as ReLU or 'LeakyReLU(alpha=0.1)' (none)")
     add("--device", metavar="NAME", help="cpu, cuda or cuda:N (as `gpuconv doctor` says)")
     add("--engine", metavar="NAME", help="ask for this engine")
 

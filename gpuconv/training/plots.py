@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,51 +25,65 @@ _SHOWN = 25
 def plot_curves(path: Path, title: str, history: Sequence[EpochRecord], test: Evaluation) -> None:
     """Draw loss and error by epoch, training beside validation, with the test error.
 
-    Both on logarithmic axes: what matters late in a training is small. An epoch without any
-    error has no place on such an axis and is left out of the curve.
+    Both on logarithmic axes, as what matters late in a training is small; that of the error
+    ends in a linear part, so that no error at all has its place, too.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+    from matplotlib.ticker import MaxNLocator
 
     epochs = [r.epoch for r in history]
     figure = Figure(figsize=(10, 4.2), dpi=120, layout="constrained")
     figure.suptitle(title, fontsize=11)
     left, right = figure.subplots(1, 2)
     marker = "o" if len(epochs) <= 40 else None
-    for axes, train, held in (
-        (left, [r.train_loss for r in history], [r.validation_loss for r in history]),
-        (
-            right,
-            [100 * (1 - r.train_accuracy) for r in history],
-            [100 * (1 - r.validation_accuracy) for r in history],
-        ),
-    ):
+    losses = [r.train_loss for r in history], [r.validation_loss for r in history]
+    errors = (
+        [100 * (1 - r.train_accuracy) for r in history],
+        [100 * (1 - r.validation_accuracy) for r in history],
+    )
+    for axes, (train, held) in ((left, losses), (right, errors)):
         for values, colour, label in ((train, _TRAIN, "train"), (held, _HELD, "validation")):
-            shown = [v if v > 0 else np.nan for v in values]
-            axes.plot(epochs, shown, color=colour, label=label, marker=marker, markersize=3.5)
-        if any(v > 0 for v in (*train, *held)):
-            axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=20))
-            axes.yaxis.set_minor_locator(NullLocator())
+            axes.plot(epochs, values, color=colour, label=label, marker=marker, markersize=3.5)
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(True, alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
+    final = 100 * (1 - test.accuracy)
+    label = f"test, at the end: {final:.2f} %"
+    right.axhline(final, color=_TEST, linestyle="--", linewidth=1.2, label=label)
     left.set_ylabel("cross-entropy")
     left.set_title("Loss", fontsize=10)
     right.set_ylabel("images classified wrongly")
     right.set_title("Error", fontsize=10)
-    error = 100 * (1 - test.accuracy)
-    label = f"test, at the end: {error:.2f} %"
-    if error > 0:
-        right.axhline(error, color=_TEST, linestyle="--", linewidth=1.2, label=label)
-    else:
-        right.plot([], [], color=_TEST, linestyle="--", linewidth=1.2, label=label)
-    left.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    right.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
+    _logarithmic(left, [*losses[0], *losses[1]], "")
+    _logarithmic(right, [*errors[0], *errors[1], final], " %")
     for axes in (left, right):
         axes.legend(frameon=False, fontsize=9)
     _save(path, figure)
+
+
+def _logarithmic(axes: Any, values: Sequence[float], unit: str) -> None:
+    """Make the axis of these values logarithmic, down to the smallest and 0 where there is a 0."""
+    from matplotlib.ticker import NullLocator
+
+    positive = [v for v in values if v > 0]
+    if not positive:
+        axes.set_ylim(bottom=0)
+        return
+    low, high = min(positive), max(positive)
+    nothing = len(positive) < len(values)
+    if nothing:
+        axes.set_yscale("symlog", linthresh=low, linscale=0.4)
+        axes.set_ylim(-0.15 * low, 1.5 * high)
+    else:
+        axes.set_yscale("log")
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    steps = (1, 2, 5) if len(decades) < 6 else (1,)
+    ticks = [m * 10.0**d for d in decades for m in steps]
+    shown = [0.0] * nothing + [t for t in ticks if 0.7 * low <= t <= 1.4 * high]
+    if len(shown) > 1:
+        axes.set_yticks(shown, [f"{t:g}{unit}" for t in shown])
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def plot_mistakes(
