@@ -19,7 +19,7 @@ from gpuconv import dispatch
 from gpuconv.activations import get_activation
 from gpuconv.cuda import runtime
 
-CPU_ENGINES = ["naive", "numpy_gemm", "numpy_winograd"]
+CPU_ENGINES = ["naive", "numpy_depthwise", "numpy_gemm", "numpy_winograd"]
 CUDA_ENGINES = ["cuda_atomic"]
 DTYPES = ["float64", "float32", "float16"]
 
@@ -62,8 +62,12 @@ CASES = [
     case("padding-beyond-kernel", (1, 3, 3, 1), (2, 2, 1, 2), padding=4, stride=3),
     case("same", (2, 7, 6, 2), (3, 4, 2, 2), padding="same", stride=2),
     case("grouped", (2, 5, 5, 6), (3, 3, 2, 9), groups=3, padding=1, activation="LeakyReLU(0.1)"),
-    case("depthwise", (1, 6, 6, 5), (3, 3, 1, 5), groups=5, padding=1),
+    case("depthwise", (1, 6, 6, 5), (3, 3, 1, 5), groups=5, padding=1, activation="ReLU"),
     case("depthwise-multiplied", (1, 6, 5, 3), (3, 3, 1, 6), groups=3, stride=2),
+    case(
+        "depthwise-dilated", (2, 9, 11, 2), (3, 3, 1, 4), groups=2, stride=3, dilation=2, padding=2
+    ),
+    case("depthwise-first", (2, 5, 7, 3), (2, 3, 1, 3), groups=3, stride=(1, 2), layout="NCHW"),
     case("kernel-is-image", (3, 4, 5, 2), (4, 5, 2, 3)),
     case("one-row", (1, 1, 9, 2), (1, 4, 2, 3), padding=((0, 0), (3, 3)), activation="Sigmoid"),
     case("one-pixel", (2, 1, 1, 3), (1, 1, 3, 2), activation="ELU"),
