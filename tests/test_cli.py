@@ -86,7 +86,7 @@ def test_help_names_every_option_of_train(capsys: pytest.CaptureFixture[str]) ->
         f"passes over the images ({defaults.epochs})", f"images a step ({defaults.batch_size})",
         f"highest learning rate ({defaults.lr})", f"of AdamW ({defaults.weight_decay})",
         f"each axis ({defaults.shift:g})", f"turned ({defaults.rotate:g})",
-        f"reduced ({defaults.zoom:g})", f"the same run ({defaults.seed})",
+        f"reduced ({defaults.zoom:g})", f"bit for bit ({defaults.seed})",
         f"compute in ({defaults.dtype})",
     ):  # fmt: skip
         assert text in " ".join(said.split())

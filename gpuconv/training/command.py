@@ -47,7 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=options.count(1), metavar="N", help="images a step (32)")
     add("--lr", type=options.rate, metavar="RATE", help="highest learning rate (0.003)")
     add("--weight-decay", type=options.between(1), metavar="W", help="of AdamW (0.01)")
-    add("--seed", type=options.count(0), metavar="N", help="the same seed, the same run (0)")
+    add(
+        "--seed",
+        type=options.count(0),
+        metavar="N",
+        help="the same seed and threads, the same weights bit for bit (0)",
+    )
     add("--dtype", choices=["float32", "float64"], help="to compute in (float32)")
     group = parser.add_argument_group("how far training images are changed at random")
     change = group.add_argument
