@@ -61,11 +61,8 @@ def anchor(path: Path, name: str) -> int:
 
 def plain_name(mangled: str) -> str:
     """Return a variable's own name: ``tile`` for ``_ZZ6kernelPfE4tile``."""
-    match = re.fullmatch(r"_Z.*?(\d+)([A-Za-z_]\w*?)(?:_\d+)?", mangled)
-    while match:
-        length, rest = int(match[1]), match[2]
-        if len(rest) == length:
-            return rest
-        # Longer names: the number found was not the last one.
-        match = re.fullmatch(r".*?(\d+)([A-Za-z_]\w*?)(?:_\d+)?", rest)
+    for number in re.finditer(r"\d+", mangled):  # of the letters that follow
+        end = number.end() + int(number[0])
+        if number.end() < end <= len(mangled) and re.fullmatch(r"(_\d+)?", mangled[end:]):
+            return mangled[number.end() : end]
     return re.sub(r"\.\d+$", "", mangled)
