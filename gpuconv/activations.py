@@ -132,6 +132,34 @@ class Affine(Activation):
         return namespace(y).full_like(y, self.slope)
 
 
+_zeros: dict[str, Array] = {}
+
+#: Elements of the longest array of zeros that is kept: with its partners it stays in a cache.
+_MOST_ZEROS = 2**18
+
+
+def _maximum_of_zero(z: np.ndarray[Any, Any], out: Array | None) -> Array:
+    """Return ``max(z, 0)``: NumPy takes a fifth of the time if the zero is an array, too."""
+    zeros = _zeros.get(z.dtype.char)
+    if zeros is None:
+        zeros = _zeros[z.dtype.char] = np.zeros(_MOST_ZEROS, z.dtype)
+    if z.size <= _MOST_ZEROS:
+        return np.maximum(z, zeros[: z.size].reshape(z.shape), out=out)
+    if out is None:
+        out = np.empty_like(z)
+    if z.ndim > 1 and len(z) > 1:
+        # Some of the first axis at a time.
+        step = max(1, _MOST_ZEROS // (z.size // len(z)))
+    elif z.ndim == 1:
+        step = _MOST_ZEROS
+    else:
+        _maximum_of_zero(z[0], out[0])
+        return out
+    for start in range(0, len(z), step):
+        _maximum_of_zero(z[start : start + step], out[start : start + step])
+    return out
+
+
 @dataclass(frozen=True)
 class ReLU(Activation):
     """``max(z, 0)``; its derivative at 0 is 0."""
@@ -140,6 +168,8 @@ class ReLU(Activation):
 
     def fn(self, z: Array, out: Array | None = None) -> Array:
         """Return ``max(z, 0)``; NaN stays NaN."""
+        if type(z) is np.ndarray and z.size > 1024:
+            return _maximum_of_zero(z, out)
         return namespace(z).maximum(z, 0, out=out)
 
     def grad(self, x: Array) -> Array:
