@@ -15,6 +15,8 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
+import numpy as np
+
 from gpuconv.arguments import boolean, normal_name, parse_call, real
 from gpuconv.device import namespace
 
