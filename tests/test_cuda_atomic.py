@@ -138,6 +138,39 @@ def test_kernels_run_once_a_pass_and_only_for_what_is_needed(cp: Any) -> None:
     assert names == ["conv2d_forward_atomic_f32", "conv2d_backward_atomic_f32"]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_batch_is_split_to_stay_within_the_workspace(cp: Any, dtype: str) -> None:
+    """Copies of arrays that are not dense, and the sums of float16, are made part by part."""
+    c = case("batch", (5, 64, 64, 4), (1, 1, 4, 4), activation="ReLU")
+    data = oracle(c, dtype)
+    before = gpuconv.get_workspace_limit()
+    gpuconv.set_workspace_limit(2**20)
+    image = 64 * 64 * 4 * np.dtype(dtype).itemsize
+    try:
+        dense = [cp.asarray(a.astype(dtype)) for a in (data.x, data.w, data.dy, data.y)]
+        x, w, dy, y = dense
+        spread = [cp.zeros((*a.shape[:3], 8), dtype)[..., ::2] for a in (x, dy, y)]
+        for place, a in zip(spread, (x, dy, y), strict=True):
+            place[...] = a
+        for xs, dys, ys in ((x, dy, y), spread):
+            cp.settings.launches.clear()
+            out = cp.empty((*y.shape[:3], 8), dtype)[..., ::2] if xs is not x else None
+            b = cp.asarray(data.b)
+            got = gpuconv.conv2d(xs, w, b, out=out, activation="ReLU")
+            forward = len(cp.settings.launches)
+            grads = gpuconv.conv2d_backward(dys, xs, w, y=ys, activation="ReLU")
+            backward = len(cp.settings.launches) - forward
+            copies = (2 * image, 3 * image) if xs is not x else (0, 0)
+            sums = 4 * 64 * 64 * 4 if dtype == "float16" else 0
+            for count, example in ((forward, copies[0]), (backward, copies[1] + sums)):
+                assert count == (-(-5 // (2**20 // example)) if example else 1)
+            wanted = (data.y, data.dx, data.dw, data.db)
+            for a, want in zip((got, *grads), wanted, strict=True):
+                close(host(a), want, tolerance("cuda_atomic", dtype, 20480))
+    finally:
+        gpuconv.set_workspace_limit(before)
+
+
 def test_an_empty_batch_launches_nothing(cp: Any) -> None:
     gpuconv.conv2d(cp.zeros((0, 4, 4, 2)), cp.zeros((3, 3, 2, 2)))
     assert cp.settings.launches == []
@@ -152,6 +185,19 @@ def test_every_pass_sits_in_a_named_range(cp: Any) -> None:
         ("gpuconv.conv2d.backward" + forward, 0),
     ]
     assert cp.cuda.nvtx.open == []
+
+
+def test_passes_of_a_backward_in_parts_have_ranges_within_its_own(
+    cp: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_atomic.CudaAtomic, "fused_backward", False)
+    agree(cp, CASE["strided"], "float32")
+    what = "[cuda_atomic float32 channels_last 2x9x8x3 * 3x3x3x4]"
+    assert cp.cuda.nvtx.ranges[1:] == [
+        ("gpuconv.conv2d.backward" + what, 0),
+        ("gpuconv.conv2d.input_grad" + what, 1),
+        ("gpuconv.conv2d.weight_grad" + what, 1),
+    ]
 
 
 def test_a_range_ends_where_a_launch_fails(cp: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -71,7 +72,7 @@ def sample_variants() -> Iterator[kernels.Variant]:
 
 
 class CudaAtomic(Engine):
-    """The mission's kernel: each thread adds its window's contribution with atomics."""
+    """One thread an output element: each adds its window's contribution with atomics."""
 
     name = "cuda_atomic"
     device_kind = "cuda"
@@ -93,25 +94,25 @@ class CudaAtomic(Engine):
         """Return the bytes of the float32 sums of float16 gradients."""
         if problem.dtype != "float16" or pass_ == "forward":
             return 0
-        return 4 * math.prod(problem.x_shape if pass_ == "input_grad" else problem.w_shape)
+        if pass_ == "weight_grad":
+            return 4 * math.prod(problem.w_shape)
+        example = 4 * math.prod(problem.x_shape[1:])
+        return example * _examples_at_once(problem, example)
 
     def forward(self, problem: ConvProblem, x: Array, w: Array, b: Array | None, y: Array) -> None:
         """Write ``act(conv(x, w) + b)`` into ``y``."""
         xp = runtime.cupy()
-        y_memory = _image(problem, y)
-        result = y_memory if y_memory.flags.c_contiguous else xp.empty(y_memory.shape, y.dtype)
-        self._launch(
-            problem,
-            "conv2d_forward_atomic",
-            (
-                xp.ascontiguousarray(_image(problem, x)),
-                xp.ascontiguousarray(_weights(problem, w)),
-                _NULL if b is None else xp.ascontiguousarray(b),
-                result,
-            ),
-        )
-        if result is not y_memory:
-            y_memory[...] = result
+        weights = xp.ascontiguousarray(_weights(problem, w))
+        bias = _NULL if b is None else xp.ascontiguousarray(b)
+        x, y = _image(problem, x), _image(problem, y)
+        for part, at in _parts(problem, _copied(x) + _copied(y)):
+            target = y[at]
+            in_place = target.flags.c_contiguous
+            result = target if in_place else xp.empty(target.shape, y.dtype)
+            arrays = (xp.ascontiguousarray(x[at]), weights, bias, result)
+            self._launch(part, "conv2d_forward_atomic", arrays)
+            if not in_place:
+                target[...] = result
 
     def input_grad(self, problem: ConvProblem, dz: Array, w: Array, dx: Array) -> None:
         """Write the gradient with respect to ``x`` into ``dx``."""
@@ -134,31 +135,26 @@ class CudaAtomic(Engine):
         dw: Array | None,
         db: Array | None,
     ) -> None:
-        """Add every output element's contributions into the gradients asked for, in one launch."""
+        """Add every output element's contributions into the gradients asked for.
+
+        That is one launch, or one for each part of the batch where copies (of arrays that do
+        not lie dense, and the float32 sums of float16 gradients) would exceed the workspace.
+        """
         xp = runtime.cupy()
-        sums, results = [], []
-        for view, place in ((dx, _image), (dw, _weights), (db, None)):
-            if view is None:
-                sums.append(_NULL)
-                continue
-            target = view if place is None else place(problem, view)
-            wide = xp.float32 if target.dtype == xp.float16 else target.dtype
-            if target.dtype == wide and target.flags.c_contiguous:
-                total = target
-                total.fill(0)
-            else:
-                total = xp.zeros(target.shape, wide)
-                results.append((target, total))
-            sums.append(total)
-        inputs = (
-            xp.ascontiguousarray(_image(problem, dy)),
-            _NULL if y is None else xp.ascontiguousarray(_image(problem, y)),
-            _NULL if x is None else xp.ascontiguousarray(_image(problem, x)),
-            _NULL if w is None else xp.ascontiguousarray(_weights(problem, w)),
-        )
-        self._launch(problem, "conv2d_backward_atomic", (*inputs, *sums))
-        for target, total in results:
-            target[...] = total
+        images = [None if a is None else _image(problem, a) for a in (dy, y, x)]
+        weights = _NULL if w is None else xp.ascontiguousarray(_weights(problem, w))
+        dx = None if dx is None else _image(problem, dx)
+        dw = None if dw is None else _weights(problem, dw)
+        shared = [_Sums(dw), _Sums(db)]
+        example = sum(map(_copied, images)) + _Sums.example_bytes(dx)
+        for part, at in _parts(problem, example):
+            own = _Sums(None if dx is None else dx[at])
+            inputs = [_NULL if a is None else xp.ascontiguousarray(a[at]) for a in images]
+            sums = [s.array for s in (own, *shared)]
+            self._launch(part, "conv2d_backward_atomic", (*inputs, weights, *sums))
+            own.store()
+        for total in shared:
+            total.store()
 
     @staticmethod
     def _launch(problem: ConvProblem, name: str, arrays: tuple[Any, ...]) -> None:
@@ -194,6 +190,63 @@ class CudaAtomic(Engine):
             (kernels.BLOCK,),
             (*arrays, *map(np.int32, sizes)),
         )
+
+
+class _Sums:
+    """Dense zeros to add up in, float32 at least: the gradient itself where it is such."""
+
+    def __init__(self, target: Array | None) -> None:
+        self._target = target
+        if target is None:
+            self.array = _NULL
+        elif self._in_place(target):
+            self.array = target
+            target.fill(0)
+        else:
+            self.array = runtime.cupy().zeros(target.shape, self._wide(target))
+
+    @staticmethod
+    def _wide(target: Array) -> str:
+        return "float32" if target.dtype == "float16" else str(target.dtype)
+
+    @classmethod
+    def _in_place(cls, target: Array) -> bool:
+        return bool(target.flags.c_contiguous) and target.dtype == cls._wide(target)
+
+    @classmethod
+    def example_bytes(cls, target: Array | None) -> int:
+        """Return the bytes used for each example, beyond ``target`` itself."""
+        if target is None or cls._in_place(target):
+            return 0
+        return int(math.prod(target.shape[1:]) * np.dtype(cls._wide(target)).itemsize)
+
+    def store(self) -> None:
+        """Put the sums where they are wanted, if they are not there."""
+        if self._target is not None and self.array is not self._target:
+            self._target[...] = self.array
+
+
+def _copied(array: Array | None) -> int:
+    """Return the bytes of the dense copy of an example; 0 where none is made."""
+    if array is None or array.flags.c_contiguous:
+        return 0
+    return int(math.prod(array.shape[1:]) * array.dtype.itemsize)
+
+
+def _examples_at_once(problem: ConvProblem, example: int) -> int:
+    """Return how many examples fit the workspace at ``example`` bytes each; one at least."""
+    if example == 0:
+        return problem.batch
+    return max(1, min(problem.batch, Engine.workspace_limit() // example))
+
+
+def _parts(problem: ConvProblem, example: int) -> Iterator[tuple[ConvProblem, slice]]:
+    """Yield parts of the batch, each within the workspace, and where they are."""
+    count = _examples_at_once(problem, example)
+    for start in range(0, problem.batch, count):
+        size = min(count, problem.batch - start)
+        part = problem if size == problem.batch else replace(problem, batch=size)
+        yield part, slice(start, start + size)
 
 
 def _image(problem: ConvProblem, view: Array) -> Array:

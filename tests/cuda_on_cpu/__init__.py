@@ -7,7 +7,14 @@ The very files are compiled by the host's C++ compiler behind a header that supp
 builds in (``runtime/``). Blocks run one after the other; the threads of a block are fibers that
 switch at barriers and warp collectives. In the mode ``checked`` every access to memory is
 watched: out of bounds, races between threads, shared memory that nothing has written, and chance
-switches threads between accesses. In the mode ``asan`` AddressSanitizer watches.
+switches threads between accesses. In the mode ``asan`` AddressSanitizer watches. The whole
+conformance suite runs in any of them:
+
+    GPUCONV_TEST_KERNELS=checked python -m pytest tests/test_conformance.py -k cuda_atomic
+    python -m tests.cuda_on_cpu.sanitizer -m pytest tests/test_conformance.py -k cuda_atomic
+
+A built-in that a kernel needs and the header lacks goes into one of ``runtime/*.h``; what a warp
+does together is written on ``cuda_on_cpu_gather`` (``runtime/together.h``).
 """
 
 from __future__ import annotations

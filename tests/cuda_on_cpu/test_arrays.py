@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -160,6 +161,19 @@ def test_what_cupy_lacks_is_not_there(fast: Any) -> None:
         fast.asarray(np.array([{}, ()], dtype=object))
     with pytest.raises(TypeError, match="dtype <U1 is not supported"):
         fast.empty(3, "<U1")
+
+
+@pytest.mark.parametrize("package", ["", "linalg", "random", "fft", "lib.stride_tricks"])
+def test_it_has_the_names_that_cupy_shares_with_numpy(fast: Any, package: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        cupy = pytest.importorskip("cupy", exc_type=ImportError)
+    ours: Any = fast
+    numpys: Any = np
+    for part in filter(None, package.split(".")):
+        ours, numpys, cupy = getattr(ours, part), getattr(numpys, part), getattr(cupy, part)
+    names = [name for name in dir(numpys) if not name.startswith("_")]
+    assert [n for n in names if hasattr(ours, n)] == [n for n in names if hasattr(cupy, n)]
 
 
 def test_devices(start: Callable[..., Any]) -> None:
