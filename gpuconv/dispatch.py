@@ -33,6 +33,7 @@ _REGISTRY: dict[str, tuple[str, str, str]] = {
     "naive": ("cpu", "gpuconv.engines.naive", "Naive"),
     "numpy_gemm": ("cpu", "gpuconv.engines.numpy_gemm", "NumpyGemm"),
     "numpy_depthwise": ("cpu", "gpuconv.engines.numpy_depthwise", "NumpyDepthwise"),
+    "numpy_planar": ("cpu", "gpuconv.engines.numpy_planar", "NumpyPlanar"),
     "numpy_winograd": ("cpu", "gpuconv.engines.numpy_winograd", "NumpyWinograd"),
     "cuda_atomic": ("cuda", "gpuconv.engines.cuda_atomic", "CudaAtomic"),
 }

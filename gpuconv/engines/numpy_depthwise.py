@@ -32,7 +32,7 @@ __all__ = ["NumpyDepthwise"]
 Array = np.ndarray[Any, Any]
 
 #: Elements of a block's outputs: with its source and its weights they stay in a core's cache.
-BLOCK = 96 * 1024
+BLOCK = 160 * 1024
 #: Elements of a line: enough to forget the loop around it, few enough to repeat the weights for.
 LINE = 8 * 1024
 #: Of numpy.einsum, in multiplications and additions a second and core.
@@ -274,7 +274,7 @@ def _correlate(
             shape = (*cells.shape[:-2], line)
             direct = cells.dtype == dtype and multiple == repeat and _is_lines(cells)
             out = _as_lines(cells) if direct else scratch.get("product", shape, dtype)
-            for k, (columns, (_, weights)) in enumerate(
+            for k, (columns, (_taps, weights)) in enumerate(
                 zip(_columns(axes[-1], line // channels), groups, strict=True)
             ):
                 copy = _copied(source, axes, block, columns, repeat, dtype)
