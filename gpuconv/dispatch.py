@@ -34,6 +34,7 @@ _REGISTRY: dict[str, tuple[str, str, str]] = {
     "numpy_gemm": ("cpu", "gpuconv.engines.numpy_gemm", "NumpyGemm"),
     "numpy_depthwise": ("cpu", "gpuconv.engines.numpy_depthwise", "NumpyDepthwise"),
     "numpy_planar": ("cpu", "gpuconv.engines.numpy_planar", "NumpyPlanar"),
+    "numpy_taps": ("cpu", "gpuconv.engines.numpy_taps", "NumpyTaps"),
     "numpy_winograd": ("cpu", "gpuconv.engines.numpy_winograd", "NumpyWinograd"),
     "cuda_atomic": ("cuda", "gpuconv.engines.cuda_atomic", "CudaAtomic"),
 }

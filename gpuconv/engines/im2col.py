@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from gpuconv.problem import ConvProblem
 __all__ = [
     "ROWS",
     "SUM_ROWS",
+    "add_bias",
     "block_target",
     "flat_target",
     "gathered",
@@ -89,6 +91,8 @@ def weight_matrices(w: Array, groups: int, dtype: Any) -> Array:
 def transposed_weights(w: Array, groups: int, dtype: Any) -> Array:
     """Return weights ``(*taps, in, out)`` as ``(groups, taps * out // groups, in)``."""
     *taps, w_in, out = w.shape
+    if groups == 1 and math.prod(taps) == 1 and w.dtype == dtype:
+        return w.reshape(1, w_in, out).swapaxes(1, 2)  # BLAS reads it as it lies
     split = w.reshape(math.prod(taps), w_in, groups, out // groups)
     matrices = np.ascontiguousarray(split.transpose(2, 0, 3, 1), dtype)
     return matrices.reshape(groups, -1, w_in)
@@ -157,40 +161,113 @@ def multiply(a: Array, b: Array, out: Array) -> None:
         np.matmul(a, b, out=out)
 
 
+def add_bias(out: Array, bias: Array) -> None:
+    """Add ``bias`` to the last axis of a contiguous array, in place.
+
+    A few values at a time are repeated to a long line: NumPy's inner loop is the last axis,
+    and a short one takes several times as long.
+    """
+    width = len(bias)
+    rows = out.size // width if width else 0
+    times = min(rows, max(1, 1024 // max(1, width)))
+    if times <= 1 or not out.flags.c_contiguous:
+        out += bias
+        return
+    flat = out.reshape(-1)
+    line = np.tile(bias, times)
+    whole = rows // times * times * width
+    lines = flat[:whole].reshape(-1, times * width)
+    lines += line
+    rest = flat[whole:]
+    rest += line[: len(rest)]
+
+
 def gemm_windows(
     source: Array,
     axes: tuple[Axis, ...],
     matrices: Array,
-    target: Array,
+    targets: Sequence[Array],
     flops: float,
     bias: Array | None = None,
     activation: Activation | None = None,
 ) -> None:
-    """Write ``act(windows(source) @ matrices + bias)`` into ``target``."""
+    """Write ``act(windows(source) @ matrices + bias)`` into ``targets``.
+
+    Parameters
+    ----------
+    source : ndarray
+        ``(n, *spatial, channels)``, any strides.
+    axes : tuple of Axis
+        How windows are gathered.
+    matrices : ndarray
+        ``(groups, depth, width)``.
+    targets : sequence of ndarray
+        One for all columns of the product, or several that share them evenly (of one group).
+    flops : float
+        For the number of workers.
+    bias, activation : optional
+        Of the whole width.
+    """
     groups, depth, width = matrices.shape
     dtype = matrices.dtype
     workers = worker_count(flops)
     target_rows = block_target(groups * depth, groups * width, dtype.itemsize, workers)
-    shares = blocks(target.shape[:-1], target_rows, workers)
+    counts = targets[0].shape[:-1]
+    if _few_rows(counts, target_rows, groups, width, workers):
+        shares: tuple[tuple[Block, ...], ...] = ((tuple((0, n) for n in counts),),)
+        spread = workers
+    else:
+        shares, spread = blocks(counts, target_rows, workers), 1
 
     def work(_: int, share: tuple[Block, ...]) -> None:
         for block in share:
             rows = gathered(source, axes, block, groups, dtype)
-            direct = flat_target(target, block, groups, dtype)
+            direct = flat_target(targets[0], block, groups, dtype) if len(targets) == 1 else None
             out = direct
             if out is None:
                 out = scratch.get("product", (rows.shape[1], groups, width), dtype)
                 out = out.transpose(1, 0, 2)
-            multiply(rows, matrices, out)
+            _multiply_by_columns(rows, matrices, out, spread)
             if bias is not None:
-                out += bias.reshape(groups, 1, width)
+                if groups == 1 and out.flags.c_contiguous:
+                    add_bias(out, bias)
+                else:
+                    out += bias.reshape(groups, 1, width)
             if activation is not None:
                 activation.fn(out, out=out)
             if direct is None:
-                shape = (*(b - a for a, b in block), groups * width)
-                target[tuple(slice(a, b) for a, b in block)] = out.transpose(1, 0, 2).reshape(shape)
+                cells = tuple(slice(a, b) for a, b in block)
+                whole = out.transpose(1, 0, 2).reshape(rows.shape[1], groups * width)
+                part = groups * width // len(targets)
+                shape = (*(b - a for a, b in block), part)
+                for k, target in enumerate(targets):
+                    target[cells] = whole[:, k * part : (k + 1) * part].reshape(shape)
 
     run_shares(shares, work)
+
+
+def _few_rows(
+    counts: tuple[int, ...], target_rows: int, groups: int, width: int, workers: int
+) -> bool:
+    """Return whether workers should share the rows and divide the columns of a product.
+
+    BLAS packs all weights for every call, which few rows do not make up for.
+    """
+    cells = math.prod(counts)
+    return workers > 1 and groups == 1 and cells <= min(target_rows, 96) and width >= 64 * workers
+
+
+def _multiply_by_columns(rows: Array, matrices: Array, out: Array, workers: int) -> None:
+    """Write ``rows @ matrices`` into ``out``, each worker some of its columns."""
+    if workers == 1:
+        multiply(rows, matrices, out)
+        return
+
+    def work(_: int, part: range) -> None:
+        columns = slice(part.start, part.stop)
+        np.matmul(rows[0], matrices[0][:, columns], out=out[0][:, columns])
+
+    run_shares(tuple(threads.shares(matrices.shape[2], workers)), work)
 
 
 def window_sums(
@@ -207,13 +284,16 @@ def window_sums(
     axes = forward_axes(problem)
     workers = worker_count(problem.flops)
     target = block_target(groups * depth, groups * width, dtype.itemsize, workers, SUM_ROWS)
-    shares = blocks(dz.shape[:-1], target, workers)
+    counts = dz.shape[:-1]
+    # Each worker's sum is as large as dw: over few outputs they divide dw instead.
+    spread = workers if groups == 1 and math.prod(counts) <= target else 1
+    shares = blocks(counts, target, 1 if spread > 1 else workers)
+    own = dw is not None and dw.dtype == dtype and groups == 1 and dw.flags.c_contiguous
     totals: list[tuple[Array | None, Array | None]] = [(None, None)] * len(shares)
 
     def work(k: int, share: tuple[Block, ...]) -> None:
         total_w: Array | None = None
         total_b: Array | None = None
-        product = None
         for block in share:
             cells = tuple(slice(a, b) for a, b in block)
             gradient = flat_target(dz, block, groups, dtype)
@@ -228,11 +308,13 @@ def window_sums(
                 continue
             rows = gathered(x, axes, block, groups, dtype).transpose(0, 2, 1)
             if total_w is None:
-                total_w = np.empty((groups, depth, width), dtype)
-                multiply(rows, gradient, total_w)
+                if own and k == 0:
+                    total_w = dw.reshape(1, depth, width)
+                else:
+                    total_w = np.empty((groups, depth, width), dtype)
+                _multiply_by_rows(rows, gradient, total_w, spread)
             else:
-                if product is None:
-                    product = np.empty_like(total_w)
+                product = scratch.get("sum", total_w.shape, dtype)
                 multiply(rows, gradient, product)
                 total_w += product
         totals[k] = total_w, total_b
@@ -244,7 +326,20 @@ def window_sums(
             sum_w += other_w
         if sum_b is not None and other_b is not None:
             sum_b += other_b
-    if dw is not None and sum_w is not None:
+    if dw is not None and sum_w is not None and not own:
         dw[...] = sum_w.transpose(1, 0, 2).reshape(problem.w_shape)
     if db is not None and sum_b is not None:
         db[...] = sum_b.reshape(-1)
+
+
+def _multiply_by_rows(left: Array, right: Array, out: Array, workers: int) -> None:
+    """Write ``left @ right`` into ``out``, each worker some of its rows."""
+    if workers == 1:
+        multiply(left, right, out)
+        return
+
+    def work(_: int, part: range) -> None:
+        rows = slice(part.start, part.stop)
+        np.matmul(left[0][rows], right[0], out=out[0][rows])
+
+    run_shares(tuple(threads.shares(out.shape[1], workers)), work)

@@ -28,7 +28,7 @@ from gpuconv.engines.im2col import (
     window_sums,
     worker_count,
 )
-from gpuconv.engines.windows import forward_axes, input_grad_phases
+from gpuconv.engines.windows import Phase, forward_axes, input_grad_phases
 from gpuconv.problem import ConvProblem
 
 __all__ = ["NumpyGemm"]
@@ -76,7 +76,7 @@ class NumpyGemm(Engine):
         matrices = weight_matrices(w, problem.groups, dtype)
         bias = None if b is None else b.astype(dtype, copy=False)
         axes = forward_axes(problem)
-        gemm_windows(x, axes, matrices, y, problem.flops, bias, problem.activation)
+        gemm_windows(x, axes, matrices, [y], problem.flops, bias, problem.activation)
 
     # ---------------------------------------------------------------------------- gradients
 
@@ -84,14 +84,20 @@ class NumpyGemm(Engine):
         """Write the gradient with respect to ``x`` into ``dx``, phase by phase."""
         dtype = wide_dtype(problem.dtype)
         phases = input_grad_phases(problem)
+        together: dict[Any, list[Phase]] = {}
         for phase in phases:
             cells = dx[(slice(None), *phase.cells)]
             if not phase.axes:
                 cells[...] = 0
-                continue
-            matrices = transposed_weights(w[phase.taps], problem.groups, dtype)
-            flops = problem.flops / len(phases)
-            gemm_windows(dz, phase.axes, matrices, cells, flops)
+            else:  # those that gather the same windows share them, if one group has the width
+                alone = () if problem.groups == 1 else phase.cells
+                together.setdefault((phase.axes, str(alone)), []).append(phase)
+        for same in together.values():
+            matrices = [transposed_weights(w[p.taps], problem.groups, dtype) for p in same]
+            whole = matrices[0] if len(same) == 1 else np.concatenate(matrices, axis=2)
+            targets = [dx[(slice(None), *p.cells)] for p in same]
+            flops = problem.flops * len(same) / len(phases)
+            gemm_windows(dz, same[0].axes, whole, targets, flops)
 
     def weight_grad(
         self, problem: ConvProblem, dz: Array, x: Array, dw: Array | None, db: Array | None

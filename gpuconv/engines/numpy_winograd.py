@@ -237,7 +237,9 @@ class NumpyWinograd(Engine):
         if _correlate(problem, False, x, w, y, bias, problem.activation):
             return
         matrices = weight_matrices(w, problem.groups, dtype)
-        gemm_windows(x, forward_axes(problem), matrices, y, problem.flops, bias, problem.activation)
+        gemm_windows(
+            x, forward_axes(problem), matrices, [y], problem.flops, bias, problem.activation
+        )
 
     def input_grad(self, problem: ConvProblem, dz: Array, w: Array, dx: Array) -> None:
         """Write the gradient with respect to ``x`` into ``dx``."""
@@ -245,7 +247,7 @@ class NumpyWinograd(Engine):
             return
         (phase,) = input_grad_phases(problem)
         matrices = transposed_weights(w[phase.taps], problem.groups, wide_dtype(problem.dtype))
-        gemm_windows(dz, phase.axes, matrices, dx, problem.flops)
+        gemm_windows(dz, phase.axes, matrices, [dx], problem.flops)
 
     def weight_grad(
         self, problem: ConvProblem, dz: Array, x: Array, dw: Array | None, db: Array | None

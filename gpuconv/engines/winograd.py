@@ -26,6 +26,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from gpuconv.activations import Activation
+from gpuconv.engines.im2col import add_bias
 from gpuconv.engines.toom_cook import Filtering
 from gpuconv.engines.windows import Axis, Scratch
 
@@ -274,7 +275,7 @@ def tile_outputs(
         return False
     y = outputs.reshape(m_columns, m_rows, images, tile_rows, tiles, channels)
     if bias is not None:
-        y += bias
+        add_bias(y, bias)
     (n0, n1), (t0, t1) = block.images, block.tile_rows
     cells = target[n0:n1, grid.rows.cells, grid.columns.cells]
     last = min(grid.rows.outputs, t1 * m_rows)
