@@ -19,12 +19,19 @@ from gpuconv.device import CPU, Device, asarray, device_of, namespace, parse_dev
 from gpuconv.device import device as default_device
 from gpuconv.initializers import Rng, generator, get_initializer, glorot_gain
 from gpuconv.optimizers import Optimizer, get_optimizer
+from gpuconv.profiling import ranges
 
 __all__ = ["LayerBase", "Lazy"]
 
 Array = Any
 Shape = tuple[int, ...]
 FLOATS = ("float16", "float32", "float64")
+_NAMES = {np.dtype(name): name for name in FLOATS}
+
+
+def dtype_name(dtype: Any) -> str:
+    """Return ``dtype.name``; of the usual ones without NumPy's work to make the text."""
+    return _NAMES.get(dtype) or str(dtype.name)
 
 
 class Lazy(Sequence[Array]):
@@ -163,11 +170,12 @@ class LayerBase(abc.ABC):
         TypeError, ValueError
             If the layer takes no such input; nothing is changed then.
         """
-        X = self._accepted(X)
-        Y = self._forward(X, retain_derived)
-        if retain_derived:
-            self.X.append(X)
-        return Y
+        with ranges.of(self, "forward"):
+            X = self._accepted(X)
+            Y = self._forward(X, retain_derived)
+            if retain_derived:
+                self.X.append(X)
+            return Y
 
     def backward(
         self,
@@ -207,28 +215,30 @@ class LayerBase(abc.ABC):
         self, dLdy: Array | list[Array], retain_grads: bool, input_grad: bool = True
     ) -> Array | list[Array]:
         """Do :meth:`backward`'s work, frozen or not: how a network passes gradients on."""
-        found = [
-            self._backward(dy, k, input_grad, retain_grads and bool(self.parameters))
-            for k, dy in enumerate(self._taken(dLdy))
-        ]
-        for _, gradients in found:
-            for name, value in gradients.items():
-                value = value.reshape(self.parameters[name].shape)
-                if self._untouched:
-                    self.gradients[name] = value
-                else:
-                    self.gradients[name] = self.gradients[name] + value
-            self._untouched = self._untouched and not gradients
-        return found[0][0] if len(found) == 1 else [dx for dx, _ in found]
+        with ranges.of(self, "backward"):
+            found = [
+                self._backward(dy, k, input_grad, retain_grads and bool(self.parameters))
+                for k, dy in enumerate(self._taken(dLdy))
+            ]
+            for _, gradients in found:
+                for name, value in gradients.items():
+                    value = value.reshape(self.parameters[name].shape)
+                    if self._untouched:
+                        self.gradients[name] = value
+                    else:
+                        self.gradients[name] = self.gradients[name] + value
+                self._untouched = self._untouched and not gradients
+            return found[0][0] if len(found) == 1 else [dx for dx, _ in found]
 
     def _accepted(self, X: Array) -> Array:
         """Return the input on the layer's device; the first one settles device, dtype and weights."""
         where = device_of(X)
         if where is None or isinstance(X, np.ma.MaskedArray):
             raise TypeError(f"X is a {type(X).__name__}; expected a NumPy or CuPy array")
-        if X.dtype.name not in FLOATS:
+        dtype = dtype_name(X.dtype)
+        if dtype not in FLOATS:
             raise TypeError(f"X has dtype {X.dtype}; expected one of {', '.join(FLOATS)}")
-        if self.dtype is not None and X.dtype.name != self.dtype:
+        if self.dtype is not None and dtype != self.dtype:
             raise TypeError(
                 f"X has dtype {X.dtype}; expected {self.dtype}, as the layer's parameters"
             )
@@ -239,7 +249,7 @@ class LayerBase(abc.ABC):
             raise ValueError(f"X is on {where} and the layer on {place}; expected one device")
         self.output_shape(tuple(X.shape))  # checks it
         if self.device is None:
-            self._settle(tuple(X.shape), X.dtype.name, place)
+            self._settle(tuple(X.shape), dtype, place)
         return X if where == place else asarray(X, place)
 
     def build(self, shape: Sequence[int], dtype: str = "float32") -> Shape:
@@ -291,7 +301,7 @@ class LayerBase(abc.ABC):
             where = device_of(dy)
             if where is None:
                 raise TypeError(f"dLdy is a {type(dy).__name__}; expected a NumPy or CuPy array")
-            if dy.dtype.name != self.dtype:
+            if dtype_name(dy.dtype) != self.dtype:
                 raise TypeError(f"dLdy has dtype {dy.dtype}; expected {self.dtype}")
             want = self.output_shape(tuple(x.shape))
             if tuple(dy.shape) != want:
@@ -380,10 +390,13 @@ class LayerBase(abc.ABC):
             If the layer is frozen.
         """
         self._check_trainable()
-        self.optimizer.step()
-        for name, gradient in self.gradients.items():
-            self.parameters[name] = self.optimizer(self.parameters[name], gradient, name, cur_loss)
-        self.discard()
+        with ranges.of(self, "update"):
+            self.optimizer.step()
+            for name, gradient in self.gradients.items():
+                self.parameters[name] = self.optimizer(
+                    self.parameters[name], gradient, name, cur_loss
+                )
+            self.discard()
 
     # --------------------------------------------------------------------------------- summary
 

@@ -1,0 +1,241 @@
+"""Named ranges around every layer's and every convolution's passes: one mechanism for all profilers.
+
+What computes says what it is about to do::
+
+    with ranges.of(self, "forward"):
+        ...
+
+and a *sink* is told of the begin and the end: :class:`NvtxSink` shows them in NVIDIA's
+profilers, :class:`gpuconv.profiling.recorder.Recorder` measures them. While there is no sink,
+which is the rule, a range is one look at a global name and an empty ``with``.
+
+Ranges nest. A convolution inside a layer's pass is counted with that layer. Only the thread that
+installed the sink is followed: what the engines' own threads do happens within its ranges.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import lru_cache
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol
+
+from gpuconv.cuda import runtime
+from gpuconv.problem import ConvProblem
+
+if TYPE_CHECKING:
+    from gpuconv.engines.base import Engine
+
+__all__ = [
+    "NvtxSink", "Sink", "convolution", "install", "label", "name_layers", "named_ranges", "of",
+    "part", "watched",
+]  # fmt: skip
+
+Array = Any
+
+
+class Sink(Protocol):
+    """What follows the ranges."""
+
+    def begin(self, owner: Any, pass_: str, problem: ConvProblem | None, engines: str) -> None:
+        """A range begins.
+
+        Parameters
+        ----------
+        owner : LayerBase, str or None
+            The layer; a part of a step by its name; None for a convolution.
+        pass_ : str
+            Such as ``"forward"``.
+        problem : ConvProblem or None
+            The convolution.
+        engines : str
+            What computes it.
+        """
+
+    def end(self) -> None:
+        """The range that began last ends."""
+
+
+class _Range:
+    """A range under a sink. A class: a generator would cost several times as much, at every call."""
+
+    __slots__ = ("_args", "_sink")
+
+    def __init__(self, sink: Sink, *args: Any) -> None:
+        self._sink, self._args = sink, args
+
+    def __enter__(self) -> None:
+        self._sink.begin(*self._args)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._sink.end()
+
+
+_NOTHING: AbstractContextManager[None] = nullcontext()
+_sink: Sink | None = None
+_thread = 0
+
+
+def _here() -> Sink | None:
+    """Return the sink if this is the thread it follows."""
+    return _sink if threading.get_ident() == _thread else None
+
+
+def of(owner: Any, pass_: str) -> AbstractContextManager[None]:
+    """Return the range of a layer's pass."""
+    if _sink is None:
+        return _NOTHING
+    sink = _here()
+    return _NOTHING if sink is None else _Range(sink, owner, pass_, None, "")
+
+
+#: The range of a part of a step that is no layer's, such as ``part("step", "loss")``.
+part = of
+
+
+def convolution(problem: ConvProblem, pass_: str, engines: str) -> AbstractContextManager[None]:
+    """Return the range of a convolution's pass."""
+    if _sink is None:
+        return _NOTHING
+    sink = _here()
+    return _NOTHING if sink is None else _Range(sink, None, pass_, problem, engines)
+
+
+def install(sink: Sink | None) -> Sink | None:
+    """Let ``sink`` follow the ranges of this thread from now on; return what did so before."""
+    global _sink, _thread
+    before = _sink
+    _sink, _thread = sink, threading.get_ident()
+    return before
+
+
+class _Watched:
+    """An engine whose gradients sit in ranges, for callers that are handed engines."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def input_grad(self, problem: ConvProblem, *arrays: Array) -> None:
+        with convolution(problem, "input_grad", self._engine.name):
+            self._engine.input_grad(problem, *arrays)
+
+    def weight_grad(self, problem: ConvProblem, *arrays: Array) -> None:
+        with convolution(problem, "weight_grad", self._engine.name):
+            self._engine.weight_grad(problem, *arrays)
+
+
+def watched(engine: Engine | None) -> Engine | None:
+    """Return the engine with a range around each gradient; itself while nothing follows."""
+    if _sink is None or engine is None:
+        return engine
+    made: Any = _Watched(engine)
+    return made  # type: ignore[no-any-return]
+
+
+# ------------------------------------------------------------------------------------- names
+
+_names: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+
+
+def name_layers(layers: Iterable[Any], prefix: str = "") -> None:
+    """Number the layers of a network, by which tables and ranges tell them apart."""
+    for k, layer in enumerate(layers):
+        number = f"{prefix}{k}"
+        _names[layer] = f"{number} {describe(layer)}"
+        inner = getattr(layer, "layers", None)
+        if isinstance(inner, (list, tuple)):
+            name_layers(inner, f"{number}.")
+
+
+def describe(layer: Any) -> str:
+    """Return a layer in few words: its class, its outputs and its window."""
+    words = [type(layer).__name__]
+    for name in ("out_ch", "n_out"):
+        value = getattr(layer, name, None)
+        if isinstance(value, int) and type(layer).__name__ != "Pool2D":
+            words.append(str(value))
+    window = getattr(layer, "kernel_shape", None)
+    if isinstance(window, tuple):
+        words.append("x".join(map(str, window)))
+    return " ".join(words)
+
+
+def label(owner: Any) -> str:
+    """Return the name of a range's owner."""
+    if isinstance(owner, str):
+        return owner
+    return _names.get(owner) or describe(owner)
+
+
+@lru_cache(maxsize=4096)
+def convolution_name(problem: ConvProblem, pass_: str, engines: str) -> str:
+    """Return a convolution's pass as profilers show it."""
+    x, w = ("x".join(map(str, shape)) for shape in (problem.x_shape, problem.w_shape))
+    what = f"{engines} {problem.dtype} {problem.layout} {x} * {w}"
+    return f"gpuconv.conv{problem.ndim}d.{pass_}[{what}]"
+
+
+# -------------------------------------------------------------------------------------- NVTX
+
+
+class NvtxSink:
+    """Shows the ranges in the timelines of NVIDIA's profilers, by CuPy's binding of NVTX."""
+
+    def __init__(self) -> None:
+        self._nvtx = runtime.cupy().cuda.nvtx
+
+    def begin(self, owner: Any, pass_: str, problem: ConvProblem | None, engines: str) -> None:
+        """Push a range."""
+        if problem is not None:
+            name = convolution_name(problem, pass_, engines)
+        else:
+            name = f"gpuconv.{label(owner)}.{pass_}"
+        self._nvtx.RangePush(name)
+
+    def end(self) -> None:
+        """Pop it."""
+        self._nvtx.RangePop()
+
+
+@contextmanager
+def named_ranges() -> Iterator[None]:
+    """Show every pass as an NVTX range inside a ``with`` block.
+
+    ``GPUCONV_NVTX=1`` in the environment does so for a whole process; ``gpuconv profile`` sets it
+    for what it starts under a profiler of NVIDIA's.
+
+    Raises
+    ------
+    ImportError
+        If CuPy, whose binding is used, is not there.
+    """
+    before = install(NvtxSink())
+    try:
+        yield
+    finally:
+        install(before)
+
+
+def from_environment() -> None:
+    """Do what ``GPUCONV_NVTX`` and ``GPUCONV_PROFILE`` ask for; called when gpuconv is imported."""
+    if os.environ.get("GPUCONV_PROFILE"):
+        from gpuconv.profiling.recorder import record_process
+
+        record_process(os.environ["GPUCONV_PROFILE"])
+    elif os.environ.get("GPUCONV_NVTX", "0") not in ("", "0"):
+        try:
+            install(NvtxSink())
+        except Exception:  # no CuPy: what computes on the CPU has nothing to show
+            install(None)

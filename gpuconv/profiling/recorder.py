@@ -1,0 +1,348 @@
+"""The built-in profiler: how long each pass of each layer takes, by the device's own clock."""
+
+from __future__ import annotations
+
+import atexit
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from gpuconv.device import Device, device, parse_device
+from gpuconv.problem import ConvProblem
+from gpuconv.profiling import ranges
+from gpuconv.profiling.floors import Floors
+from gpuconv.profiling.table import Row, format_rows
+from gpuconv.profiling.timing import Clock, clock_for
+
+__all__ = ["REST", "STEP", "VALIDATION", "Recorder", "Span", "layer_work", "record_process"]
+
+#: The range around a whole step, and its pass: what of the step is in no other row.
+STEP, REST = "step", "rest"
+#: The range around what is computed between steps, to validate.
+VALIDATION = "validation"
+#: Spans that are kept before they are added up; a clock that waits is asked only then.
+PENDING = 4096
+#: Spans that the trace keeps.
+TRACED = 200_000
+
+
+@dataclass(frozen=True)
+class Span:
+    """One range, for the trace.
+
+    Attributes
+    ----------
+    name, pass_, engine, what : str
+        As in :class:`~gpuconv.profiling.table.Row`; ``what`` describes the convolution.
+    start, seconds : float
+        When it began, in seconds after the first, and how long it took, by the clock.
+    host_start, host_seconds : float
+        The same by the host's clock: on a GPU, when the work was put into the queue.
+    depth : int
+        Ranges around it.
+    flops, bytes : int
+        By the definition.
+    """
+
+    name: str
+    pass_: str
+    engine: str
+    what: str
+    start: float
+    seconds: float
+    host_start: float
+    host_seconds: float
+    depth: int
+    flops: int
+    bytes: int
+
+
+@dataclass
+class _Frame:
+    """A range that is open."""
+
+    owner: Any
+    name: str
+    pass_: str
+    problem: ConvProblem | None
+    engines: str
+    start: Any
+    split: bool = False  # convolutions inside have ranges of their own
+
+
+@dataclass
+class _Sum:
+    """What a row adds up."""
+
+    engines: dict[str, None]
+    dtype: str = ""
+    calls: int = 0
+    seconds: float = 0.0
+    flops: int = 0
+    bytes: int = 0
+
+
+class Recorder:
+    """Measures every pass inside a ``with`` block, and makes rows and spans of them.
+
+    Parameters
+    ----------
+    place : Device, str or None
+        Where is computed; None is the default device. On a GPU CUDA's events measure, and the
+        device is waited for only when rows are made of a few thousand of them.
+    skip : int
+        Steps of training at the start that are not counted: they compile and fill caches.
+    clock : Clock, optional
+        Another clock.
+
+    Notes
+    -----
+    Times are exclusive: what an inner range took is not in the outer one's, so rows add up.
+
+    Attributes
+    ----------
+    spans : list of Span
+        For the trace; the first few hundred thousand.
+    steps : int
+        Steps of training that were counted.
+    wall, outside : float
+        Seconds within steps, and in ranges around which there was no step.
+    """
+
+    def __init__(
+        self, place: Device | str | None = None, *, skip: int = 0, clock: Clock | None = None
+    ) -> None:
+        self.place = device() if place is None else parse_device(place)
+        self.clock = clock or clock_for(self.place)
+        self.skip = skip
+        self.spans: list[Span] = []
+        self.steps = 0
+        self.wall = 0.0
+        self.outside = 0.0
+        self._mark = self.clock.mark
+        self._stack: list[_Frame] = []
+        self._pending: list[tuple[_Frame, Any, int, bool, int, int]] = []
+        self._rows: dict[tuple[str, str], _Sum] = {}
+        self._works: dict[tuple[int, str, int], tuple[int, int]] = {}
+        self._origin: Any = None
+        self._children: list[float] = []
+        self._begun = 0
+        self._before: ranges.Sink | None = None
+
+    # ---------------------------------------------------------------------------- following
+
+    def __enter__(self) -> Recorder:
+        self._before = ranges.install(self)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        ranges.install(self._before)
+        self._fold()
+
+    def begin(self, owner: Any, pass_: str, problem: ConvProblem | None, engines: str) -> None:
+        """Open a range."""
+        stack = self._stack
+        if owner is not None:
+            name = ranges.label(owner)
+        elif stack and stack[-1].name != STEP:
+            name = stack[-1].name
+        else:
+            name = str(problem)
+        if not stack and name == STEP:
+            self._begun += 1
+        if problem is not None and stack:
+            stack[-1].split = True
+        if self._origin is None:
+            self._origin = self._mark()
+        stack.append(_Frame(owner, name, pass_, problem, engines, self._mark()))
+
+    def end(self) -> None:
+        """Close it."""
+        mark, stack = self._mark(), self._stack
+        frame = stack.pop()
+        if self._begun and self._begun <= self.skip:
+            return
+        if stack and stack[0].name == VALIDATION:  # the layers' rows are of the steps alone
+            return
+        inner = bool(stack) and (stack[-1].name, stack[-1].pass_) == (frame.name, frame.pass_)
+        flops, moved = self._work(frame)
+        self._pending.append((frame, mark, len(stack), inner, flops, moved))
+        if not stack and len(self._pending) >= PENDING:
+            self._fold()
+
+    def _work(self, frame: _Frame) -> tuple[int, int]:
+        """Return operations and bytes of a range, by the definition."""
+        problem = frame.problem
+        if problem is not None:
+            if frame.split:  # counted inside
+                return 0, 0
+            passes = 2 if frame.pass_ == "backward" else 1
+            return passes * problem.flops, passes * problem.bytes
+        owner = frame.owner
+        inputs = getattr(owner, "X", None)
+        if not inputs or frame.split:
+            return 0, 0
+        key = id(owner), frame.pass_, len(inputs[-1])
+        found = self._works.get(key)
+        if found is None:
+            found = self._works[key] = layer_work(owner, frame.pass_, inputs[-1])
+        return found
+
+    def _fold(self) -> None:
+        """Add up what is pending, innermost first, as ranges end."""
+        children = self._children
+        for frame, mark, depth, inner, flops, moved in self._pending:
+            seconds = self.clock.seconds(frame.start, mark)
+            while len(children) < depth + 2:
+                children.append(0.0)
+            own = seconds - children[depth + 1]
+            children[depth + 1] = 0.0
+            children[depth] = children[depth] + seconds if depth else 0.0
+            row = self._rows.setdefault((frame.name, frame.pass_), _Sum({}))
+            row.seconds += own
+            row.calls += not inner
+            row.flops += flops
+            row.bytes += moved
+            if frame.engines:
+                row.engines.setdefault(frame.engines)
+            if not row.dtype:
+                row.dtype = frame.problem.dtype if frame.problem else _dtype(frame.owner)
+            if depth == 0 and frame.name == STEP:
+                self.wall += seconds
+                self.steps += 1
+            elif depth == 0:
+                self.outside += seconds
+            if len(self.spans) < TRACED:
+                self.spans.append(self._span(frame, mark, depth, seconds, flops, moved))
+        self._pending.clear()
+
+    def _span(
+        self, frame: _Frame, mark: Any, depth: int, seconds: float, flops: int, moved: int
+    ) -> Span:
+        host, zero = self.clock.host, self.clock.host(self._origin)
+        return Span(
+            frame.name,
+            frame.pass_,
+            frame.engines,
+            "" if frame.problem is None else str(frame.problem),
+            self.clock.seconds(self._origin, frame.start),
+            seconds,
+            (host(frame.start) - zero) * 1e-9,
+            (host(mark) - host(frame.start)) * 1e-9,
+            depth,
+            flops,
+            moved,
+        )
+
+    # ---------------------------------------------------------------------------- reporting
+
+    def rows(self) -> list[Row]:
+        """Return the rows, in the order in which the passes first began; without the rest."""
+        self._fold()
+        order = {
+            "forward": 0, "loss": 1, "backward": 2, "input_grad": 3, "weight_grad": 4, "update": 5,
+        }  # fmt: skip
+        found = [
+            Row(
+                name,
+                pass_,
+                " ".join(s.engines) or "",
+                s.calls,
+                s.seconds,
+                s.flops,
+                s.bytes,
+                s.dtype,
+            )
+            for (name, pass_), s in self._rows.items()
+            if (name, pass_) != (STEP, REST) and not (self.steps and name == VALIDATION)
+        ]
+        names = {row.name: None for row in sorted(found, key=lambda r: _numbered(r.name))}
+        place = {name: k for k, name in enumerate(names)}
+        return sorted(found, key=lambda r: (place[r.name], order.get(r.pass_, 9), r.pass_))
+
+    def accounted(self) -> float:
+        """Return the seconds of all rows together."""
+        return math.fsum(row.seconds for row in self.rows())
+
+    def whole(self) -> float:
+        """Return the seconds that the rows are parts of: of the steps, where there are any."""
+        self._fold()
+        return self.wall if self.steps else self.outside
+
+    def table(self, floors: Floors | None = None) -> str:
+        """Return the rows as text, and how much of the time they account for."""
+        rows, whole = self.rows(), self.whole()
+        if not rows:
+            return "nothing was computed"
+        text = format_rows(rows, whole, floors, self.steps)
+        share = 100 * self.accounted() / whole if whole else 0.0
+        if self.steps:
+            took = f"{1e3 * whole / self.steps:.3f} ms, a step of {self.steps}"
+        else:
+            took = f"{1e3 * whole:.3f} ms"
+        return f"{text}\nthe rows are {share:.1f}% of {took}; timed by {self.clock.what}"
+
+    def dtypes(self) -> list[str]:
+        """Return the dtypes that were computed in."""
+        return sorted({row.dtype for row in self.rows() if row.dtype})
+
+
+def _numbered(name: str) -> tuple[int, tuple[int, ...]]:
+    """Return a key that brings layers into the order of their numbers, parts of a step first."""
+    parts = name.split(" ")[0].split(".")
+    if all(p.isdigit() for p in parts) and " " in name:
+        return 1, tuple(map(int, parts))
+    return (0 if name == STEP else 2), ()
+
+
+def _dtype(owner: Any) -> str:
+    found = getattr(owner, "dtype", None)
+    return found if isinstance(found, str) else ""
+
+
+def layer_work(layer: Any, pass_: str, x: Any) -> tuple[int, int]:
+    """Return FLOPs and bytes of a layer's pass over an input, if the layer has no convolutions.
+
+    Counted as for a convolution: what must be read and written, once. A layer without weights
+    only moves its data. The gradients of a dense layer are two products of the forward's size.
+    """
+    if pass_ not in ("forward", "backward"):
+        return 0, 0
+    try:
+        out = math.prod(layer.output_shape(tuple(x.shape)))
+    except (ValueError, AttributeError, TypeError):
+        return 0, 0
+    weights = [p for p in layer.parameters.values() if p.ndim == 2 and min(p.shape) > 1]
+    if x.ndim == 2 and len(weights) == 1:
+        w = weights[0]
+        products = 1 if pass_ == "forward" else 2
+        return products * 2 * out * w.shape[0], products * x.itemsize * (x.size + w.size + out)
+    arrays = 2 if pass_ == "forward" else 4  # the backward looks at input and output again
+    return 0, x.itemsize * (x.size + out) * arrays // 2
+
+
+# ------------------------------------------------------------------------------- processes
+
+
+def record_process(folder: str) -> None:
+    """Record this process from now on, and write table, trace and picture into ``folder`` at exit.
+
+    This is how ``gpuconv profile -- python script.py`` profiles without NVIDIA's tools.
+    """
+    from gpuconv.profiling.files import write
+
+    recorder = Recorder()
+    ranges.install(recorder)
+
+    def finish() -> None:
+        ranges.install(None)
+        write(recorder, Path(folder))
+
+    atexit.register(finish)
