@@ -5,6 +5,8 @@ Engines see every array *channels last*: ``x`` of ``problem.x_shape``, ``w`` of
 channels first arrives as a transposed view, so ``problem.layout`` tells what lies next to
 what in memory; strides may be anything, and inputs may be read-only. Results are written
 into the arrays given. Shapes and dtypes were checked before.
+
+Every pass is bilinear: of complex arrays nothing is conjugated here.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ class Engine(abc.ABC):
     #: Whether ``backward`` computes all gradients at once, epilogue included.
     fused_backward: ClassVar[bool] = False
     #: Names of the dtypes it computes.
-    dtypes: ClassVar[tuple[str, ...]] = ("float16", "float32", "float64")
+    dtypes: ClassVar[tuple[str, ...]] = ("float16", "bfloat16", "float32", "float64")
     #: Numbers of spatial axes it computes.
     ndims: ClassVar[tuple[int, ...]] = (1, 2, 3)
     #: Factor on the tolerance against the oracle (Winograd's transforms round more).

@@ -38,30 +38,42 @@ def _variant(
     activation: Activation | None,
 ) -> kernels.Variant:
     """Return the specialisation of ``conv_atomic.cu``."""
+    nd = len(kernel)
     defines = {
-        "KH": str(kernel[0]),
-        "KW": str(kernel[1]),
-        "SH": str(stride[0]),
-        "SW": str(stride[1]),
-        "DH": str(dilation[0]),
-        "DW": str(dilation[1]),
+        "NDIM": str(nd),
+        **_by_axis("K", kernel),
+        **_by_axis("S", stride),
+        **_by_axis("D", dilation),
         "CHANNELS_FIRST": str(int(channels_first)),
         **kernels.activation_defines(activation),
     }
     if wide_index:
         defines["INDEX_64"] = "1"
     end = kernels.suffix(dtype)
-    functions = (f"conv2d_forward_atomic_{end}", f"conv2d_backward_atomic_{end}")
+    functions = (f"conv{nd}d_forward_atomic_{end}", f"conv{nd}d_backward_atomic_{end}")
     return kernels.Variant("conv_atomic.cu", dtype, tuple(sorted(defines.items())), functions)
 
 
+def _by_axis(letter: str, values: tuple[int, ...]) -> dict[str, str]:
+    """Return the constants of an option for depth, rows and columns."""
+    return {letter + axis: str(v) for axis, v in zip("DHW", _three(values, 1), strict=True)}
+
+
+def _three(values: tuple[int, ...], fill: int) -> tuple[int, ...]:
+    """Return a value for depth, rows and columns; ``fill`` for axes that are not there."""
+    return (*(fill,) * (3 - len(values)), *values)
+
+
 def sample_variants() -> Iterator[kernels.Variant]:
-    """Yield variants that between them hold every dtype, layout, index and activation."""
+    """Yield variants that between them hold every rank, dtype, layout, index and activation."""
     plain = ((3, 3), (1, 1), (1, 1))
     for dtype in CudaAtomic.dtypes:
         for first in (False, True):
             yield _variant(dtype, *plain, first, False, get_activation("ReLU"))
         yield _variant(dtype, (5, 2), (2, 1), (1, 3), False, True, None)
+    for first in (False, True):
+        yield _variant("float32", (3,), (2,), (1,), first, False, None)
+        yield _variant("float32", (2, 3, 3), (1, 1, 2), (1, 2, 1), first, False, None)
     extra = (Affine(2, 1), LeakyReLU(0.1), ELU(0.5), SELU(), GELU(), GELU(approximate=False))
     named = tuple(
         map(get_activation, ("Tanh", "Sigmoid", "HardSigmoid", "SoftPlus", "Exponential"))
@@ -78,7 +90,6 @@ class CudaAtomic(Engine):
     device_kind = "cuda"
     deterministic = False
     fused_backward = True
-    ndims = (2,)
 
     def unsupported(self, problem: ConvProblem, pass_: Pass) -> str | None:
         """Return why it cannot compute this pass of ``problem``, or None."""
@@ -91,8 +102,8 @@ class CudaAtomic(Engine):
         return 1e-5 + problem.flops / (5e11 if pass_ == "forward" else 2e10)
 
     def workspace(self, problem: ConvProblem, pass_: Pass) -> int:
-        """Return the bytes of the float32 sums of float16 gradients."""
-        if problem.dtype != "float16" or pass_ == "forward":
+        """Return the bytes of the float32 sums of 16-bit gradients."""
+        if problem.itemsize != 2 or pass_ == "forward":
             return 0
         if pass_ == "weight_grad":
             return 4 * math.prod(problem.w_shape)
@@ -110,7 +121,7 @@ class CudaAtomic(Engine):
             in_place = target.flags.c_contiguous
             result = target if in_place else xp.empty(target.shape, y.dtype)
             arrays = (xp.ascontiguousarray(x[at]), weights, bias, result)
-            self._launch(part, "conv2d_forward_atomic", arrays)
+            self._launch(part, "forward", arrays)
             if not in_place:
                 target[...] = result
 
@@ -138,7 +149,7 @@ class CudaAtomic(Engine):
         """Add every output element's contributions into the gradients asked for.
 
         That is one launch, or one for each part of the batch where copies (of arrays that do
-        not lie dense, and the float32 sums of float16 gradients) would exceed the workspace.
+        not lie dense, and the float32 sums of 16-bit gradients) would exceed the workspace.
         """
         xp = runtime.cupy()
         images = [None if a is None else _image(problem, a) for a in (dy, y, x)]
@@ -151,7 +162,7 @@ class CudaAtomic(Engine):
             own = _Sums(None if dx is None else dx[at])
             inputs = [_NULL if a is None else xp.ascontiguousarray(a[at]) for a in images]
             sums = [s.array for s in (own, *shared)]
-            self._launch(part, "conv2d_backward_atomic", (*inputs, weights, *sums))
+            self._launch(part, "backward", (*inputs, weights, *sums))
             own.store()
         for total in shared:
             total.store()
@@ -175,16 +186,16 @@ class CudaAtomic(Engine):
         )
         sizes = (
             problem.batch,
-            *problem.in_shape,
+            *_three(problem.in_shape, 1),
             problem.in_channels,
-            *problem.out_shape,
+            *_three(problem.out_shape, 1),
             problem.out_channels,
-            *(before for before, _ in problem.padding),
+            *_three(tuple(before for before, _ in problem.padding), 0),
             problem.groups,
         )
         kernels.launch(
             variant,
-            f"{name}_{kernels.suffix(problem.dtype)}",
+            f"conv{problem.ndim}d_{name}_atomic_{kernels.suffix(problem.dtype)}",
             device,
             (grid,),
             (kernels.BLOCK,),
@@ -207,7 +218,7 @@ class _Sums:
 
     @staticmethod
     def _wide(target: Array) -> str:
-        return "float32" if target.dtype == "float16" else str(target.dtype)
+        return "float32" if target.dtype.itemsize == 2 else str(target.dtype)
 
     @classmethod
     def _in_place(cls, target: Array) -> bool:
@@ -251,9 +262,13 @@ def _parts(problem: ConvProblem, example: int) -> Iterator[tuple[ConvProblem, sl
 
 def _image(problem: ConvProblem, view: Array) -> Array:
     """Return a channels-last view in the order of the caller's memory."""
-    return view.transpose(0, 3, 1, 2) if problem.layout == CHANNELS_FIRST else view
+    if problem.layout != CHANNELS_FIRST:
+        return view
+    return view.transpose(0, problem.ndim + 1, *range(1, problem.ndim + 1))
 
 
 def _weights(problem: ConvProblem, view: Array) -> Array:
     """Return weights seen channels last in the order of the caller's memory."""
-    return view.transpose(3, 2, 0, 1) if problem.layout == CHANNELS_FIRST else view
+    if problem.layout != CHANNELS_FIRST:
+        return view
+    return view.transpose(problem.ndim + 1, problem.ndim, *range(problem.ndim))

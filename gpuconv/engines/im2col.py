@@ -47,7 +47,7 @@ scratch = Scratch()
 
 def wide_dtype(dtype: str) -> np.dtype[Any]:
     """Return the dtype of buffers and products."""
-    return np.dtype("float32" if dtype == "float16" else dtype)
+    return np.dtype("float32" if dtype in ("float16", "bfloat16") else dtype)
 
 
 def worker_count(flops: float) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from gpuconv.engines.base import Engine, Pass
-from gpuconv.problem import ConvProblem
+from gpuconv.problem import COMPLEX, ConvProblem
 
 __all__ = ["Naive"]
 
@@ -23,7 +23,7 @@ Array = Any
 
 def _wide(dtype: str) -> str:
     """Return the dtype that sums are held in."""
-    return "float32" if dtype == "float16" else dtype
+    return "float32" if dtype in ("float16", "bfloat16") else dtype
 
 
 def _windows(
@@ -52,6 +52,7 @@ class Naive(Engine):
 
     name = "naive"
     device_kind = "cpu"
+    dtypes = (*Engine.dtypes, *COMPLEX)
 
     def cost(self, problem: ConvProblem, pass_: Pass) -> float:
         """Return some two microseconds a tap and output element."""

@@ -24,6 +24,7 @@ from gpuconv.activations import Activation
 from gpuconv.engines.base import Engine, Pass
 from gpuconv.engines.epilogue import bias_sums
 from gpuconv.engines.im2col import run_shares, scratch, wide_dtype, worker_count
+from gpuconv.engines.rates import rates
 from gpuconv.engines.windows import Axis, Block, blocks, forward_axes, input_grad_phases
 from gpuconv.problem import ConvProblem
 
@@ -35,8 +36,6 @@ Array = np.ndarray[Any, Any]
 BLOCK = 160 * 1024
 #: Elements of a line: enough to forget the loop around it, few enough to repeat the weights for.
 LINE = 8 * 1024
-#: Of numpy.einsum, in multiplications and additions a second and core.
-RATE = 8e9
 #: Letters of the axes before the last, for outputs and for taps.
 _OUT, _TAPS = "abc", "pqr"
 
@@ -95,19 +94,17 @@ class NumpyDepthwise(Engine):
         return reason
 
     def cost(self, problem: ConvProblem, pass_: Pass) -> float:
-        """Return the predicted time."""
-        workers = worker_count(16 * problem.flops)
-        size = problem.itemsize if problem.dtype != "float16" else 4
-        rate = RATE * 4 / size
-        parts = 1
-        if pass_ == "input_grad":
-            parts = math.prod(problem.stride)
-        calls = max(1.0, math.prod(problem.y_shape) / BLOCK / workers) * parts
-        return (
-            2e-5
-            + 2.5e-5 * calls
-            + (problem.flops / 2 / rate + 2 * problem.bytes / 1.5e10) / workers
-        )
+        """Return the predicted time: multiplications and additions, and copies."""
+        rate, workers = rates(), worker_count(16 * problem.flops)
+        size = wide_dtype(problem.dtype).itemsize
+        phases = math.prod(problem.stride) if pass_ == "input_grad" else 1
+        outputs = max(math.prod(problem.y_shape), math.prod(problem.x_shape) // phases)
+        count = max(1.0, outputs / BLOCK) * phases
+        line = min(LINE, problem.out_channels * problem.out_shape[-1])
+        lines = problem.flops / 2 / line
+        seconds = problem.flops / 2 * size / 4 / rate.einsum + 1e-8 * lines
+        seconds += (3 * problem.bytes + count * line * problem.taps * size) / rate.copy
+        return 2e-5 + (seconds + 25 * rate.call * count) / workers
 
     def workspace(self, problem: ConvProblem, pass_: Pass) -> int:
         """Return the bytes of the buffers, all workers together."""

@@ -28,8 +28,9 @@ from gpuconv.engines.im2col import (
     window_sums,
     worker_count,
 )
+from gpuconv.engines.rates import efficiency, rates
 from gpuconv.engines.windows import Phase, forward_axes, input_grad_phases
-from gpuconv.problem import ConvProblem
+from gpuconv.problem import COMPLEX, ConvProblem
 
 __all__ = ["NumpyGemm"]
 
@@ -41,15 +42,41 @@ class NumpyGemm(Engine):
 
     name = "numpy_gemm"
     device_kind = "cpu"
+    dtypes = (*Engine.dtypes, *COMPLEX)
 
     def cost(self, problem: ConvProblem, pass_: Pass) -> float:
-        """Return the time at a usual rate of BLAS and of memory."""
-        workers = worker_count(problem.flops)
-        rate = workers * (6e10 if problem.itemsize == 8 else 1.2e11)
-        if problem.groups > 1:  # narrow products
-            rate *= min(1.0, problem.out_channels / problem.groups / 32)
-        gathered = problem.flops / (2 * problem.out_channels / problem.groups) * problem.itemsize
-        return 1.5e-5 + problem.flops / rate + (problem.bytes + gathered) / (workers * 1e10)
+        """Return the predicted time: products, packing of weights, gathering."""
+        rate, workers = rates(), worker_count(problem.flops)
+        size = wide_dtype(problem.dtype).itemsize
+        groups = problem.groups
+        narrow, wide = problem.in_channels // groups, problem.out_channels // groups
+        backwards, summed = pass_ == "input_grad", pass_ == "weight_grad"
+        phases = 1
+        if backwards:
+            narrow, wide = wide, narrow
+            phases = min(math.prod(problem.stride), problem.taps)
+        taps = problem.taps / phases
+        depth = taps * narrow
+        gathered = problem.flops / (2 * wide)  # elements
+        outputs = gathered / (taps * narrow * groups)
+        rows = block_target(
+            int(depth * groups) or 1, wide * groups, size, workers, SUM_ROWS if summed else ROWS
+        )
+        count = max(1.0, outputs / rows)
+        filters = problem.taps * problem.in_channels * wide
+        seconds = problem.flops / rate.product(size) / efficiency(depth, wide)
+        if groups > 1:
+            seconds = 4 * seconds + count * groups * rate.call
+        if taps > 1 or any(s > 1 for s in problem.stride):
+            runs = gathered / (narrow * (problem.kernel[-1] if not backwards else 1))
+            seconds += gathered * size * 2 / rate.copy + 3e-9 * runs
+        else:
+            seconds += 1.5 * problem.bytes / rate.copy
+        seconds += count * filters * size * (2.5 if summed else 1.5) / rate.copy
+        seconds += outputs * wide * groups * size * (3 if phases > 1 else 1) / rate.copy
+        if backwards and problem.taps > 1:
+            seconds += 3 * filters * size / rate.copy
+        return 3e-5 * phases + (seconds + 8 * rate.call * count) / workers
 
     def workspace(self, problem: ConvProblem, pass_: Pass) -> int:
         """Return the bytes of the buffers, all workers together."""

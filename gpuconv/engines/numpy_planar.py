@@ -12,6 +12,7 @@ copy of long rows. ``columns`` of the form ``(taps * channels, outputs)`` serve 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,6 +25,7 @@ from gpuconv import settings
 from gpuconv.engines.base import Engine, Pass
 from gpuconv.engines.epilogue import bias_sums
 from gpuconv.engines.im2col import run_shares, scratch, wide_dtype, worker_count
+from gpuconv.engines.rates import efficiency, rates
 from gpuconv.engines.windows import Axis, Block, blocks, forward_axes
 from gpuconv.problem import ConvProblem
 
@@ -101,20 +103,23 @@ class NumpyPlanar(Engine):
         return None
 
     def cost(self, problem: ConvProblem, pass_: Pass) -> float:
-        """Return the predicted time."""
-        workers = worker_count(problem.flops)
-        size = 4 if problem.dtype == "float16" else problem.itemsize
+        """Return the predicted time: products, copied or added rows, and planes."""
+        rate, workers = rates(), worker_count(problem.flops)
+        size = wide_dtype(problem.dtype).itemsize
         depth = problem.taps * problem.in_channels
         outputs = problem.flops / (2 * depth * problem.out_channels)
-        narrow = min(1.0, 0.2 + problem.out_channels / 80)
-        rate = workers * narrow * (1.5e11 if pass_ == "forward" else 1.0e11) * 4 / size
-        moved = (
-            size
-            * outputs
-            * (depth * (3 if pass_ == "input_grad" else 2) + 2 * problem.out_channels)
+        share = (
+            efficiency(depth, problem.out_channels)
+            * {"forward": 1.0, "input_grad": 0.7, "weight_grad": 0.85}[pass_]
         )
-        calls = max(workers, outputs * depth * size / BLOCK) * problem.taps * 1.5e-6 / workers
-        return 3e-5 + calls + problem.flops / rate + moved / (workers * 2e10)
+        line = problem.out_shape[-1]
+        copied = outputs * depth * size * (1.2 if pass_ == "input_grad" else 0.6)
+        copied += outputs * depth / line * 400  # the start of a row, as bytes
+        planes = math.prod(problem.x_shape) * size * 6
+        moved = copied + planes + outputs * problem.out_channels * size
+        count = max(1.0, outputs / (_block_rows(problem) * line)) * problem.taps
+        seconds = problem.flops / rate.product(size) / share + moved / rate.copy
+        return 1e-5 + (seconds + rate.call * count) / workers
 
     def workspace(self, problem: ConvProblem, pass_: Pass) -> int:
         """Return the bytes of the buffers, all workers together."""

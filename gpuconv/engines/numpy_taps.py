@@ -20,6 +20,7 @@ from gpuconv.activations import Activation
 from gpuconv.engines.base import Engine, Pass
 from gpuconv.engines.epilogue import bias_sums
 from gpuconv.engines.im2col import add_bias, run_shares, scratch, wide_dtype, worker_count
+from gpuconv.engines.rates import efficiency, rates
 from gpuconv.engines.windows import Axis, Block, blocks, forward_axes, input_grad_phases
 from gpuconv.problem import ConvProblem
 
@@ -80,18 +81,30 @@ class NumpyTaps(Engine):
         return reason
 
     def cost(self, problem: ConvProblem, pass_: Pass) -> float:
-        """Return the predicted time."""
-        workers = worker_count(problem.flops)
-        size = 4 if problem.dtype == "float16" else problem.itemsize
+        """Return the predicted time: products inside the input, copies, and additions."""
+        rate, workers = rates(), worker_count(problem.flops)
+        size = wide_dtype(problem.dtype).itemsize
         depth, width = problem.in_channels, problem.out_channels
         if pass_ == "input_grad":
             depth, width = width, depth
         flops = problem.flops * _inside(forward_axes(problem))
         outputs = flops / (2 * depth * width)  # over all taps
-        rate = workers * 2.1e11 * 4 / size * min(1.0, 0.3 + depth / 250, 0.3 + width / 200)
-        moved = size * outputs * (2 * depth + (0 if pass_ == "weight_grad" else 3 * width))
-        calls = 6e-6 * problem.taps * max(1.0, outputs / problem.taps / ROWS / workers)
-        return 4e-5 + calls + flops / rate + moved / (workers * 1.5e10)
+        count = max(1.0, outputs / problem.taps / _rows(problem)) * problem.taps
+        copied = 0 if problem.pointwise else outputs * depth
+        seconds = flops / rate.product(size)
+        if pass_ == "weight_grad":
+            seconds /= efficiency(outputs / problem.taps, min(width, depth / workers))
+            copied += outputs * width
+            count = problem.taps
+        else:
+            seconds /= efficiency(depth, width)
+            copied += outputs * width * (1 if problem.taps == 1 else 3)
+            seconds += count * depth * width * size * 1.5 / rate.copy  # packing the weights
+        return (
+            4e-5
+            + (seconds + (copied * size * 1.2 + problem.bytes) / rate.copy + 8 * rate.call * count)
+            / workers
+        )
 
     def workspace(self, problem: ConvProblem, pass_: Pass) -> int:
         """Return the bytes of the buffers, all workers together."""

@@ -43,6 +43,7 @@ from gpuconv.engines.im2col import (
     window_sums,
     worker_count,
 )
+from gpuconv.engines.rates import efficiency, rates
 from gpuconv.engines.toom_cook import Filtering, filtering
 from gpuconv.engines.windows import Axis, blocks, forward_axes, input_grad_phases
 from gpuconv.engines.winograd import (
@@ -132,7 +133,7 @@ def _plan(problem: ConvProblem, backwards: bool) -> _Plan:
         for columns in _candidates(axes[1].taps, axes[1].count):
             methods = rows, columns
             plan = _Plan(axes, methods, grids(axes, methods), merged)
-            found.append((_seconds(problem, plan, backwards), plan))
+            found.append((_seconds(problem, plan, "input_grad" if backwards else "forward"), plan))
     return min(found, key=lambda pair: pair[0])[1]
 
 
@@ -151,32 +152,35 @@ def _merged(problem: ConvProblem) -> int:
     )
 
 
-def _seconds(problem: ConvProblem, plan: _Plan, backwards: bool) -> float:
-    """Return the predicted time of a pass."""
-    workers = worker_count(problem.flops)
-    size = problem.itemsize if problem.dtype != "float16" else 4
-    rate = (2.2e11 if size == 4 else 1.1e11) * workers
-    bandwidth = 2.0e10 * workers
-    n, c, o = plan.factors, problem.in_channels, problem.out_channels
+def _seconds(problem: ConvProblem, plan: _Plan, pass_: Pass) -> float:
+    """Return the predicted time of a pass: products, packing of filters, transforms, copies."""
+    rate, workers = rates(), worker_count(problem.flops)
+    size = wide_dtype(problem.dtype).itemsize
+    c, o = problem.in_channels, problem.out_channels
+    summed = pass_ == "weight_grad"
     (rows, columns), tiles = plan.methods, plan.tiles(problem.batch)
-    blockwise = plan.merged / problem.groups  # share of the full product that is computed
-    filters = n * c * o * blockwise
-    products = 2 * tiles * filters
-    narrow = min(c, o) * blockwise
-    products /= min(1.0, 0.35 + narrow / 100, 0.2 + tiles / workers / 40)
-    transforms = (
-        2
-        * tiles
-        * (
-            c * (rows.m * columns.n**2 + columns.n * rows.n**2)
-            + o * (columns.n * rows.n * rows.m + rows.m * columns.n * columns.m)
-        )
-    )
-    copied = tiles * size * (c * rows.m * columns.n + o * rows.m * columns.m) * 1.5
-    weights = 2 * filters * rows.r * columns.r
-    moved = copied + 3 * filters * size
-    calls = 3e-5 + 2.5e-5 * len(plan.grids) + 2e-5 * tiles * n * (c + o) * size / BLOCK / workers
-    return calls + (products + 2.5 * transforms + 1.5 * weights) / rate + moved / bandwidth
+    sets = problem.groups // plan.merged
+    filters = plan.factors * c * o / sets
+    count = 0.0
+    for grid in plan.grids:
+        inside = problem.batch * grid.rows.tiles
+        block = min(inside, _tile_rows(problem, plan, grid, summed))
+        count += max(1.0, inside / block)
+    seconds = 2.0 * tiles * filters / efficiency(c / sets, o / sets)
+    transforms = 1.0 * c * (rows.m * columns.n**2 + columns.n * rows.n**2)
+    if summed:
+        transforms += o * (rows.m * columns.n * columns.m + columns.n * rows.n * rows.m)
+    else:
+        transforms += o * (columns.n * rows.n * rows.m + rows.m * columns.n * columns.m)
+    seconds += 2.5 * 2 * tiles * transforms
+    seconds += 1.5 * 2 * filters * rows.r * columns.r
+    seconds /= rate.product(size)
+    copied = 3.0 * tiles * (c * rows.m * columns.n + o * rows.m * columns.m)
+    copied += 4 * filters + count * filters * (3 if summed else 2)
+    calls = 30 * rate.call * count
+    runs = tiles * rows.m * (columns.n + columns.m)  # of channels, copied one by one
+    calls += 4e-9 * runs
+    return 4e-5 + 1e-5 * len(plan.grids) + (seconds + copied * size / rate.copy + calls) / workers
 
 
 class NumpyWinograd(Engine):
@@ -207,7 +211,7 @@ class NumpyWinograd(Engine):
     def cost(self, problem: ConvProblem, pass_: Pass) -> float:
         """Return the predicted time."""
         backwards = pass_ == "input_grad"
-        return _seconds(problem, _plan(problem, backwards), backwards)
+        return _seconds(problem, _plan(problem, backwards), pass_)
 
     def workspace(self, problem: ConvProblem, pass_: Pass) -> int:
         """Return the bytes of the filters' factors and of all workers' blocks."""
