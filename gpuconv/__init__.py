@@ -3,7 +3,24 @@
 from gpuconv._version import __version__
 from gpuconv.device import Device, DeviceError, asarray, asnumpy, device, use_device
 from gpuconv.dispatch import EngineError, engine, engines
-from gpuconv.functional import conv2d, conv2d_backward, explain
+from gpuconv.functional import (
+    conv1d,
+    conv1d_backward,
+    conv1d_jvp,
+    conv2d,
+    conv2d_backward,
+    conv2d_jvp,
+    conv3d,
+    conv3d_backward,
+    conv3d_jvp,
+    conv_transpose1d,
+    conv_transpose1d_backward,
+    conv_transpose2d,
+    conv_transpose2d_backward,
+    conv_transpose3d,
+    conv_transpose3d_backward,
+    explain,
+)
 from gpuconv.problem import ConvProblem
 from gpuconv.settings import (
     deterministic,
@@ -23,8 +40,21 @@ __all__ = [
     "__version__",
     "asarray",
     "asnumpy",
+    "conv1d",
+    "conv1d_backward",
+    "conv1d_jvp",
     "conv2d",
     "conv2d_backward",
+    "conv2d_jvp",
+    "conv3d",
+    "conv3d_backward",
+    "conv3d_jvp",
+    "conv_transpose1d",
+    "conv_transpose1d_backward",
+    "conv_transpose2d",
+    "conv_transpose2d_backward",
+    "conv_transpose3d",
+    "conv_transpose3d_backward",
     "deterministic",
     "device",
     "engine",

@@ -6,14 +6,23 @@ import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-import numpy as np
-
 from gpuconv.activations import Activation
 
-__all__ = ["CHANNELS_FIRST", "CHANNELS_LAST", "ConvProblem"]
+__all__ = ["CHANNELS_FIRST", "CHANNELS_LAST", "COMPLEX", "DTYPES", "ConvProblem"]
 
 CHANNELS_LAST = "channels_last"
 CHANNELS_FIRST = "channels_first"
+
+#: The dtypes that are computed, with the bytes of an element; bfloat16 is that of ml_dtypes.
+DTYPES = {
+    "float16": 2,
+    "bfloat16": 2,
+    "float32": 4,
+    "float64": 8,
+    "complex64": 8,
+    "complex128": 16,
+}
+COMPLEX = ("complex64", "complex128")
 
 
 @dataclass(frozen=True)
@@ -35,7 +44,8 @@ class ConvProblem:
     kernel, stride, dilation : tuple of int
         Per spatial axis; ``dilation`` 1 is dense.
     padding : tuple of (int, int)
-        Zeros added before and after, per spatial axis.
+        Zeros added before and after, per spatial axis. Fewer than none after: so many cells
+        at the end that no window reads.
     groups : int
         Number of independent channel groups.
     dtype : str
@@ -97,7 +107,7 @@ class ConvProblem:
     @cached_property
     def itemsize(self) -> int:
         """Bytes of one element."""
-        return np.dtype(self.dtype).itemsize
+        return DTYPES[self.dtype]
 
     @cached_property
     def taps(self) -> int:
@@ -108,9 +118,11 @@ class ConvProblem:
     def flops(self) -> int:
         """Floating-point operations of any one pass, a multiply-add counted as two.
 
-        The definition's count: taps that fall into the padding are included.
+        The definition's count: taps that fall into the padding are included. A complex
+        multiply-add is eight.
         """
-        return 2 * math.prod(self.y_shape) * self.taps * (self.in_channels // self.groups)
+        each = 8 if self.dtype in COMPLEX else 2
+        return each * math.prod(self.y_shape) * self.taps * (self.in_channels // self.groups)
 
     def reduction_length(self, pass_: str) -> int:
         """Number of products added into one result of ``pass_``."""

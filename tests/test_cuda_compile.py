@@ -23,7 +23,8 @@ ARCHITECTURES = [70, 75, 80, 86, 89, 90, 100, 120]
 VARIANTS = list(kernels.variants())
 #: What CuPy adds to the options of a RawModule. The first flushes float32's subnormals to zero.
 CUPYS = ("-ftz=true", "--device-as-default-execution-space")
-#: Bytes that the readable reference may spill, in the variants that hold offsets in 64 bits.
+#: Bytes that the readable reference may spill, in the variants that hold offsets in 64 bits or
+#: run over three axes.
 MOST_SPILLED = 64
 
 
@@ -146,7 +147,8 @@ def test_every_variant_compiles(
             assert name.encode() in binary
         found = list(usages(log))
         assert {u.kernel for u in found} == set(variant.functions)
-        wide = "INDEX_64" in dict(variant.defines)
+        defines = dict(variant.defines)
+        wide = "INDEX_64" in defines or defines["NDIM"] == "3"
         for usage in found:
             assert usage.spilled <= (MOST_SPILLED if wide else 0), (variant.options, usage)
             row = f"{usage.kernel}  {kind(variant)}"
@@ -155,11 +157,13 @@ def test_every_variant_compiles(
 
 def test_the_variants_hold_every_kernel_dtype_layout_index_and_activation() -> None:
     names = {name for v in VARIANTS for name in v.functions}
+    kinds_of_kernels = [("2d", t) for t in ("bf16", "f16", "f32", "f64")]
+    kinds_of_kernels += [("1d", "f32"), ("3d", "f32")]
     assert names == {
-        f"conv2d_{p}_atomic_{t}" for p in ("forward", "backward") for t in ("f16", "f32", "f64")
+        f"conv{nd}_{p}_atomic_{t}" for p in ("forward", "backward") for nd, t in kinds_of_kernels
     }
     kinds = {(v.dtype, kind(v)) for v in VARIANTS}
-    for dtype in ("float16", "float32", "float64"):
+    for dtype in ("bfloat16", "float16", "float32", "float64"):
         for which in ("NHWC 32-bit offsets", "NCHW 32-bit offsets", "NHWC 64-bit offsets"):
             assert (dtype, which) in kinds
     codes = {int(dict(v.defines)["ACT"]) for v in VARIANTS}

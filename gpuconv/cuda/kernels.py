@@ -34,7 +34,7 @@ __all__ = [
 #: Threads of a block for the elementwise-like kernels.
 BLOCK = 256
 
-_DTYPES = {"float16": "F16", "float32": "F32", "float64": "F64"}
+_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
 _lock = threading.Lock()
 _modules: dict[tuple[int, Variant], Any] = {}
 _functions: dict[tuple[int, Variant, str], Any] = {}

@@ -21,7 +21,11 @@ import numpy as np
 
 __all__ = ["Home", "Memory", "function", "home", "ndarray", "unwrap", "wrap"]
 
-_KINDS = "biufc"  # what CuPy has dtypes for
+_KINDS = "biufc"  # what CuPy has dtypes for, and bfloat16
+
+
+def _known(dtype: np.dtype) -> bool:
+    return dtype.kind in _KINDS or dtype.name == "bfloat16"
 
 
 class Home:
@@ -116,7 +120,7 @@ class ndarray:
 
     def __init__(self, shape: Any, dtype: Any = float, order: str = "C") -> None:
         kind = np.dtype(dtype)
-        if kind.kind not in _KINDS:
+        if not _known(kind):
             raise TypeError(f"dtype {kind} is not supported")
         sizes = shape if isinstance(shape, (tuple, list)) else (shape,)
         count = 1
@@ -137,7 +141,7 @@ class ndarray:
     @classmethod
     def _new(cls, a: np.ndarray) -> ndarray:
         """Return a copy of ``a`` in the device's memory, its axes in the same order."""
-        if a.dtype.kind not in _KINDS:
+        if not _known(a.dtype):
             raise TypeError(f"dtype {a.dtype} is not supported")
         dense = a.copy(order="K")  # its strides are those of the result
         memory = Memory(dense.nbytes)

@@ -1,0 +1,378 @@
+"""The passes of a convolution, over any number of spatial axes: check, plan, dispatch, compute.
+
+Arrays that are held channels first go to the engines as transposed views. Engines compute
+bilinear forms: what is conjugated in the gradients of complex arrays is conjugated here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+
+from gpuconv import dispatch, settings
+from gpuconv.activations import Activation
+from gpuconv.cuda import runtime
+from gpuconv.device import CPU, Device, device_of, namespace
+from gpuconv.engines.base import Engine, epilogue_grad
+from gpuconv.engines.epilogue import backward_by_parts
+from gpuconv.functional.plan import Plan, activation_argument, hashable, make_plan
+from gpuconv.interop import dlpack
+from gpuconv.problem import COMPLEX, DTYPES, ConvProblem
+from gpuconv.profiling import ranges
+
+__all__ = [
+    "NEEDS",
+    "check_arrays",
+    "check_gradient",
+    "check_out",
+    "conjugate_weight_grad",
+    "conv",
+    "conv_backward",
+    "last",
+    "native",
+    "needs_argument",
+    "on",
+    "overlap",
+    "parts",
+]
+
+Array = Any
+
+NEEDS = ("x", "w", "b")
+
+
+def conv(
+    nd: int,
+    x: Array,
+    w: Array,
+    b: Array | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: Any,
+    layout: Any,
+    activation: Any,
+    out: Array | None,
+) -> Array:
+    """Return ``act(conv(x, w) + b)``; the arguments are those of :func:`gpuconv.conv2d`."""
+    where = check_arrays({"x": x, "w": w, "b": b})
+    if where is None:
+        return dlpack.call(
+            lambda x, w, b, out: conv(
+                nd, x, w, b, stride, padding, dilation, groups, layout, activation, out
+            ),
+            {"x": x, "w": w, "b": b, "out": out},
+        )
+    x, w, b = native(x), native(w), None if b is None else native(b)
+    plan = make_plan(
+        nd,
+        x.shape,
+        w.shape,
+        x.dtype.name,
+        hashable(stride),
+        hashable(padding),
+        hashable(dilation),
+        groups,
+        layout,
+        activation_argument(activation),
+    )
+    problem = plan.problem
+    if b is not None and b.shape != (problem.out_channels,):
+        raise ValueError(
+            f"b has shape {b.shape}; expected ({problem.out_channels},), one value an output channel"
+        )
+    with on(where):
+        if out is None:
+            y = namespace(x).empty(plan.y_shape, x.dtype)
+        else:
+            check_out(out, plan.y_shape, x, where)
+            y = out
+            if any(a is not None and overlap(out, a) for a in (x, w, b)):
+                y = namespace(x).empty(plan.y_shape, x.dtype)
+        if not plan.empty:
+            chosen = dispatch.choose(problem, "forward", where.kind)
+            with ranges.convolution(problem, "forward", chosen.name):
+                chosen.forward(
+                    problem, last(x, plan.x_axes), last(w, plan.w_axes), b, last(y, plan.x_axes)
+                )
+        if out is not None and y is not out:
+            out[...] = y
+            return out
+    return y
+
+
+def conv_backward(
+    nd: int,
+    dy: Array,
+    x: Array,
+    w: Array,
+    y: Array | None,
+    activation: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: Any,
+    layout: Any,
+    needs: Iterable[str],
+) -> tuple[Array | None, Array | None, Array | None]:
+    """Return the gradients; the arguments are those of :func:`gpuconv.conv2d_backward`."""
+    where = check_arrays({"dy": dy, "x": x, "w": w, "y": y})
+    if where is None:
+        return dlpack.call(  # type: ignore[no-any-return]
+            lambda dy, x, w, y: conv_backward(
+                nd, dy, x, w, y, activation, stride, padding, dilation, groups, layout, needs
+            ),
+            {"dy": dy, "x": x, "w": w, "y": y},
+        )
+    dy, x, w, y = native(dy), native(x), native(w), None if y is None else native(y)
+    act = activation_argument(activation)
+    plan = make_plan(
+        nd,
+        x.shape,
+        w.shape,
+        x.dtype.name,
+        hashable(stride),
+        hashable(padding),
+        hashable(dilation),
+        groups,
+        layout,
+        act,
+    )
+    need_x, need_w, need_b = needs_argument(needs)
+    problem = plan.problem
+    check_gradient(plan.y_shape, act, dy, y)
+    with on(where):
+        xp = namespace(x)
+        make = xp.zeros if plan.empty else xp.empty
+        dx = make(x.shape, x.dtype) if need_x else None
+        dw = make(w.shape, x.dtype) if need_w else None
+        db = make((problem.out_channels,), x.dtype) if need_b else None
+        if not plan.empty and (need_x or need_w or need_b):
+            _run_backward(
+                plan,
+                where.kind,
+                last(dy, plan.x_axes),
+                last(x, plan.x_axes),
+                last(w, plan.w_axes),
+                None if y is None or act is None else last(y, plan.x_axes),
+                None if dx is None else last(dx, plan.x_axes),
+                None if dw is None else last(dw, plan.w_axes),
+                db,
+            )
+    return dx, dw, db
+
+
+def _run_backward(
+    plan: Plan,
+    kind: str,
+    dy: Array,
+    x: Array,
+    w: Array,
+    y: Array | None,
+    dx: Array | None,
+    dw: Array | None,
+    db: Array | None,
+) -> None:
+    """Compute the gradients asked for: in one call where one engine does all of them."""
+    weights = dw is not None or db is not None
+    by_x = dispatch.choose(plan.plain, "input_grad", kind) if dx is not None else None
+    by_w = dispatch.choose(plan.plain, "weight_grad", kind) if weights else None
+    whole = by_x or by_w
+    if whole is not None and whole.fused_backward and all(e in (whole, None) for e in (by_x, by_w)):
+        with ranges.convolution(plan.problem, "backward", whole.name):
+            whole.backward(plan.problem, dy, x, w, y, dx, dw, db)
+        return
+    names = " ".join(dict.fromkeys(e.name for e in (by_x, by_w) if e is not None))
+    if plan.problem.dtype in COMPLEX:
+        with ranges.convolution(plan.problem, "backward", names):
+            if by_x is not None and dx is not None:
+                by_x.input_grad(plan.plain, dy, w.conj(), dx)
+            if by_w is not None:
+                conjugate_weight_grad(by_w, plan.plain, dy, x, dw, db, "x")
+        return
+    if kind == "cpu":
+        with ranges.convolution(plan.problem, "backward", names):
+            by_x, by_w = ranges.watched(by_x), ranges.watched(by_w)
+            backward_by_parts(plan.problem, by_x, by_w, dy, x, w, y, dx, dw, db)
+        return
+    with ranges.convolution(plan.problem, "backward", names):
+        activation = plan.problem.activation
+        dz = dy if activation is None or y is None else epilogue_grad(dy, y, activation)
+        if by_x is not None and dx is not None:
+            with ranges.convolution(plan.problem, "input_grad", by_x.name):
+                by_x.input_grad(plan.plain, dz, w, dx)
+        if by_w is not None:
+            with ranges.convolution(plan.problem, "weight_grad", by_w.name):
+                by_w.weight_grad(plan.plain, dz, x, dw, db)
+
+
+def parts(batch: int, example: int) -> list[slice]:
+    """Divide a batch so that half the workspace limit holds ``example`` bytes for each of a part."""
+    count = max(1, min(batch, settings.get_workspace_limit() // 2 // max(1, example)))
+    return [slice(start, min(start + count, batch)) for start in range(0, batch, count)]
+
+
+def conjugate_weight_grad(
+    engine: Engine,
+    problem: ConvProblem,
+    dz: Array,
+    x: Array,
+    dw: Array | None,
+    db: Array | None,
+    conjugated: str,
+) -> None:
+    """Write the weight gradient with ``dz`` or ``x`` conjugated, a part of the batch at a time.
+
+    ``db`` gets the sums of ``dz`` as it is, and is for ``conjugated="x"`` only.
+    """
+    source = x if conjugated == "x" else dz
+    cut = parts(problem.batch, source.nbytes // problem.batch)
+    for some in cut:
+        part = problem.with_batch(some.stop - some.start)
+        dz_part, x_part = (a[some].conj() if a is source else a[some] for a in (dz, x))
+        if some is cut[0]:
+            engine.weight_grad(part, dz_part, x_part, dw, db)
+            continue
+        more_w, more_b = (
+            None if a is None else namespace(a).empty(a.shape, a.dtype) for a in (dw, db)
+        )
+        engine.weight_grad(part, dz_part, x_part, more_w, more_b)
+        for total, value in ((dw, more_w), (db, more_b)):
+            if total is not None:
+                total += value
+
+
+# ------------------------------------------------------------------------------- arguments
+
+
+def check_gradient(
+    shape: tuple[int, ...], activation: Activation | None, dy: Array, y: Array | None
+) -> None:
+    """Check the gradient of a result of ``shape``, and that ``y`` is there where it is needed."""
+    for name, array in (("dy", dy), ("y", y)):
+        if array is not None and array.shape != shape:
+            raise ValueError(
+                f"{name} has shape {array.shape}; expected {shape}, the forward's result"
+            )
+    if activation is not None:
+        if not activation.invertible:
+            raise ValueError(
+                f"activation is {activation}; its derivative does not follow from its output y, "
+                "so multiply dy by its gradient yourself and pass activation=None"
+            )
+        if y is None:
+            raise ValueError(
+                f"y is None; expected the forward's result, as activation is {activation}"
+            )
+
+
+def needs_argument(needs: Iterable[str]) -> tuple[bool, bool, bool]:
+    """Return whether the gradients of x, of w and of b are asked for."""
+    try:
+        names = tuple(needs)
+    except TypeError:
+        raise TypeError(f"needs is {needs!r}; expected some of {NEEDS}") from None
+    for name in names:
+        if name not in NEEDS:
+            raise ValueError(f"needs is {needs!r}; expected some of {NEEDS}")
+    return "x" in names, "w" in names, "b" in names
+
+
+#: The names of dtypes; ``dtype.name`` itself takes longer than a small array's product.
+_names: dict[Any, str] = {}
+
+
+def _dtype_name(dtype: Any) -> str | None:
+    """Return the name of a dtype that is computed, None for others."""
+    found = _names.get(dtype)
+    if found is None and dtype.name in DTYPES:
+        found = _names[dtype] = dtype.name
+    return found
+
+
+def check_arrays(arrays: dict[str, Array | None]) -> Device | None:
+    """Check that the arrays are such, of one dtype, on one device; return the device.
+
+    None is returned where an array is another library's that speaks DLPack.
+    """
+    where: Device | None = None
+    first: str = ""
+    dtype: Any = None
+    for name, array in arrays.items():
+        if array is None:
+            if name in ("b", "y"):
+                continue
+            raise TypeError(f"{name} is None; expected a NumPy or CuPy array")
+        here = CPU if type(array) is np.ndarray else device_of(array)
+        if here is None or isinstance(array, np.ma.MaskedArray):
+            if here is None and dlpack.speaks(array):
+                return None
+            raise TypeError(
+                f"{name} is a {type(array).__name__}; expected a NumPy or CuPy array "
+                "(gpuconv.asarray makes one)"
+            )
+        if _dtype_name(array.dtype) is None:
+            raise TypeError(f"{name} has dtype {array.dtype}; expected one of {', '.join(DTYPES)}")
+        if where is None:
+            where, first, dtype = here, name, array.dtype
+            continue
+        if here != where:
+            raise ValueError(
+                f"{first} is on {where} and {name} on {here}; expected one device "
+                "(gpuconv.asarray moves an array)"
+            )
+        if array.dtype != dtype and array.dtype.name != dtype.name:
+            raise TypeError(
+                f"{first} has dtype {dtype} and {name} {array.dtype}; expected one dtype"
+            )
+    if where is None:
+        raise TypeError("expected arrays")
+    return where
+
+
+def native(array: Array) -> Array:
+    """Return the array as the plain class, in the machine's byte order."""
+    if type(array) is np.ndarray and array.dtype.isnative:
+        return array
+    if isinstance(array, np.ndarray):
+        return np.asarray(array, dtype=array.dtype.newbyteorder("="))
+    return array
+
+
+def last(array: Array, axes: tuple[int, ...] | None) -> Array:
+    """Return the channels-last view."""
+    return array if axes is None else array.transpose(axes)
+
+
+def check_out(out: Array, shape: tuple[int, ...], x: Array, where: Device) -> None:
+    """Check that a result of ``shape`` can be written into ``out``."""
+    here = device_of(out)
+    if here is None:
+        raise TypeError(f"out is a {type(out).__name__}; expected a NumPy or CuPy array")
+    if here != where:
+        raise ValueError(f"out is on {here} and x on {where}; expected one device")
+    if out.shape != shape:
+        raise ValueError(f"out has shape {out.shape}; expected {shape}")
+    if out.dtype != x.dtype:
+        raise TypeError(f"out has dtype {out.dtype}; expected {x.dtype}, the dtype of x")
+    if not getattr(out.flags, "writeable", True):
+        raise ValueError("out is read-only; expected an array that can be written")
+
+
+def overlap(out: Array, array: Array) -> bool:
+    """Return whether writing into ``out`` may change ``array``."""
+    xp = namespace(array)
+    return bool(xp.may_share_memory(out, array))
+
+
+def on(where: Device) -> AbstractContextManager[Any]:
+    """Make the arrays' CUDA device the current one; nothing to do on the CPU."""
+    if where.kind == "cpu":
+        return _NOTHING
+    return runtime.cupy().cuda.Device(where.index)  # type: ignore[no-any-return]
+
+
+_NOTHING: AbstractContextManager[Any] = nullcontext()
