@@ -1,4 +1,4 @@
-"""The command ``gpuconv``: train, predict, bench, explain, doctor."""
+"""The command ``gpuconv``: train, predict, bench, profile, explain, doctor."""
 
 from __future__ import annotations
 
@@ -12,10 +12,17 @@ from typing import Any, NoReturn
 
 from gpuconv._version import __version__
 
-__all__ = ["main", "parser"]
+__all__ = [
+    "Parser",
+    "convolution_arguments",
+    "convolution_options",
+    "main",
+    "parser",
+    "shape_argument",
+]
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """One line for a wrong argument, not the usage; no shortened options."""
 
     def __init__(self, **options: Any) -> None:
@@ -28,7 +35,7 @@ class _Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command."""
-    root = _Parser(
+    root = Parser(
         prog="gpuconv",
         description="The convolution that NumPy and CuPy do not have: train with it, time it, "
         "ask it.",
@@ -39,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
         ("train", "train an image classifier", _train_arguments, _train),
         ("predict", "classify images with a trained model", _predict_arguments, _predict),
         ("bench", "time it beside other libraries", _bench_arguments, _bench),
+        ("profile", "where the time goes: layer by layer, pass by pass", _profile_arguments, _profile),
         ("explain", "which engine would compute a convolution, and why", _explain_arguments, _explain),
         ("doctor", "what was found here, what is used, what to install", _doctor_arguments, _doctor),
     ):  # fmt: skip
@@ -108,6 +116,18 @@ def _bench(args: argparse.Namespace) -> int:
     return bench(args)
 
 
+def _profile_arguments(command: argparse.ArgumentParser) -> None:
+    from gpuconv.profiling.command import add_arguments
+
+    add_arguments(command)
+
+
+def _profile(args: argparse.Namespace) -> int:
+    from gpuconv.profiling.command import main as profile
+
+    return profile(args)
+
+
 def _explain_arguments(command: argparse.ArgumentParser) -> None:
     command.description = (
         "Print which engine would compute each pass of a convolution, what each engine is "
@@ -115,8 +135,14 @@ def _explain_arguments(command: argparse.ArgumentParser) -> None:
     )
     command.epilog = "example:  gpuconv explain 8,56,56,64 3,3,64,64 --padding 1"
     add = command.add_argument
-    add("x", type=_integers, metavar="X", help="shape of the images, such as 8,56,56,64")
-    add("w", type=_integers, metavar="W", help="shape of the kernels, such as 3,3,64,64")
+    add("x", type=shape_argument, metavar="X", help="shape of the images, such as 8,56,56,64")
+    add("w", type=shape_argument, metavar="W", help="shape of the kernels, such as 3,3,64,64")
+    convolution_arguments(command)
+
+
+def convolution_arguments(command: argparse.ArgumentParser) -> None:
+    """Declare the options of a convolution, and where and by what it is computed."""
+    add = command.add_argument
     add("--stride", type=_literal, default=1, metavar="N", help="N, or one an axis: 2,1 (1)")
     add(
         "--padding",
@@ -150,16 +176,7 @@ def _explain(args: argparse.Namespace) -> int:
     try:
         with gpuconv.engine(args.engine):
             found = gpuconv.explain(
-                args.x,
-                args.w,
-                dtype=args.dtype,
-                stride=args.stride,
-                padding=args.padding,
-                dilation=args.dilation,
-                groups=args.groups,
-                layout=args.layout or "channels_last",
-                activation=args.activation,
-                device=args.device,
+                args.x, args.w, dtype=args.dtype, device=args.device, **convolution_options(args)
             )
     except (ValueError, TypeError, gpuconv.DeviceError) as error:
         print(f"gpuconv explain: {error}", file=sys.stderr)
@@ -168,7 +185,17 @@ def _explain(args: argparse.Namespace) -> int:
     return 0
 
 
-def _integers(text: str) -> tuple[int, ...]:
+def convolution_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what :func:`convolution_arguments` declared as the keywords of a call."""
+    names = ("stride", "padding", "dilation", "groups", "activation")
+    return {
+        **{name: getattr(args, name) for name in names},
+        "layout": args.layout or "channels_last",
+    }
+
+
+def shape_argument(text: str) -> tuple[int, ...]:
+    """Read a shape such as ``8,56,56,64`` or ``8x56x56x64``."""
     try:
         return tuple(int(part) for part in text.replace("x", ",").split(","))
     except ValueError:

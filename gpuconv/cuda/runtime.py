@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-__all__ = ["cupy", "install", "installed", "loaded", "named_range", "uninstall"]
+__all__ = ["cupy", "install", "installed", "loaded", "uninstall"]
 
 _stand_in: Any = None
 
@@ -62,21 +62,3 @@ def _forget() -> None:
     reset()
     kernels.clear()
     dispatch.clear()
-
-
-class named_range:
-    """Show the calls in a ``with`` block as one named NVTX range in a profiler's timeline.
-
-    Written as a class: a generator would cost several times as much, at every call.
-    """
-
-    __slots__ = ("_name", "_nvtx")
-
-    def __init__(self, name: str) -> None:
-        self._name, self._nvtx = name, cupy().cuda.nvtx
-
-    def __enter__(self) -> None:
-        self._nvtx.RangePush(self._name)
-
-    def __exit__(self, *error: object) -> None:
-        self._nvtx.RangePop()

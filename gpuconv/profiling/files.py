@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from gpuconv.profiling import trace
@@ -23,9 +23,10 @@ def next_folder(name: str, root: Path) -> Path:
     return make(name, root)
 
 
-def limits(recorder: Recorder, seconds: float = 0.2) -> Floors:
-    """Measure the limits of the recorder's device in the dtypes that it has seen."""
-    return measure(recorder.place, recorder.dtypes(), get_num_threads(), seconds)
+def limits(recorder: Recorder, seconds: float = 0.2, dtypes: Sequence[str] | None = None) -> Floors:
+    """Measure the limits of the recorder's device, in the dtypes that it has seen if none is given."""
+    wanted = recorder.dtypes() if dtypes is None else dtypes
+    return measure(recorder.place, wanted, get_num_threads(), seconds)
 
 
 def write(
@@ -44,7 +45,9 @@ def write(
         return []
     folder.mkdir(parents=True, exist_ok=True)
     floors = floors or limits(recorder)
-    peaks = ", ".join(f"{p / 1e9:.0f} GFLOP/s {d}" for d, p in floors.peak.items())
+    peaks = ", ".join(
+        f"{floors.peak[d] / 1e9:.0f} GFLOP/s {d}" for d in recorder.dtypes() if d in floors.peak
+    )
     head = (
         f"{recorder.place}: at most {peaks} (matrix product), "
         f"{floors.bandwidth / 1e9:.1f} GB/s (copy)"

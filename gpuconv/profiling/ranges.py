@@ -31,11 +31,16 @@ if TYPE_CHECKING:
     from gpuconv.engines.base import Engine
 
 __all__ = [
-    "NvtxSink", "Sink", "convolution", "install", "label", "name_layers", "named_ranges", "of",
+    "REST", "STEP", "VALIDATION", "NvtxSink", "Sink", "convolution", "install", "label", "name_layers", "named_ranges", "of",
     "part", "watched",
 ]  # fmt: skip
 
 Array = Any
+
+#: The range around a whole step, and its pass: what of the step is in no other range.
+STEP, REST = "step", "rest"
+#: The range around what is computed between steps, to validate.
+VALIDATION = "validation"
 
 
 class Sink(Protocol):
@@ -229,7 +234,7 @@ def named_ranges() -> Iterator[None]:
 
 
 def from_environment() -> None:
-    """Do what ``GPUCONV_NVTX`` and ``GPUCONV_PROFILE`` ask for; called when gpuconv is imported."""
+    """Do what ``GPUCONV_NVTX`` and ``GPUCONV_PROFILE`` ask of a whole process."""
     if os.environ.get("GPUCONV_PROFILE"):
         from gpuconv.profiling.recorder import record_process
 
@@ -239,3 +244,7 @@ def from_environment() -> None:
             install(NvtxSink())
         except Exception:  # no CuPy: what computes on the CPU has nothing to show
             install(None)
+
+
+if "GPUCONV_NVTX" in os.environ or "GPUCONV_PROFILE" in os.environ:
+    from_environment()

@@ -13,15 +13,12 @@ from gpuconv.device import Device, device, parse_device
 from gpuconv.problem import ConvProblem
 from gpuconv.profiling import ranges
 from gpuconv.profiling.floors import Floors
+from gpuconv.profiling.ranges import REST, STEP
 from gpuconv.profiling.table import Row, format_rows
 from gpuconv.profiling.timing import Clock, clock_for
 
-__all__ = ["REST", "STEP", "VALIDATION", "Recorder", "Span", "layer_work", "record_process"]
+__all__ = ["Recorder", "Span", "layer_work", "record_process"]
 
-#: The range around a whole step, and its pass: what of the step is in no other row.
-STEP, REST = "step", "rest"
-#: The range around what is computed between steps, to validate.
-VALIDATION = "validation"
 #: Spans that are kept before they are added up; a clock that waits is asked only then.
 PENDING = 4096
 #: Spans that the trace keeps.
@@ -123,7 +120,7 @@ class Recorder:
         self.outside = 0.0
         self._mark = self.clock.mark
         self._stack: list[_Frame] = []
-        self._pending: list[tuple[_Frame, Any, int, bool, int, int]] = []
+        self._pending: list[tuple[_Frame, Any, int, bool | None, int, int]] = []
         self._rows: dict[tuple[str, str], _Sum] = {}
         self._works: dict[tuple[int, str, int], tuple[int, int]] = {}
         self._origin: Any = None
@@ -169,10 +166,14 @@ class Recorder:
         frame = stack.pop()
         if self._begun and self._begun <= self.skip:
             return
-        if stack and stack[0].name == VALIDATION:  # the layers' rows are of the steps alone
-            return
-        inner = bool(stack) and (stack[-1].name, stack[-1].pass_) == (frame.name, frame.pass_)
+        inner: bool | None = bool(stack) and (stack[-1].name, stack[-1].pass_) == (
+            frame.name,
+            frame.pass_,
+        )
         flops, moved = self._work(frame)
+        # Where there are steps, the layers' rows are of these alone; the trace shows all.
+        if self._begun and (stack[0] if stack else frame).name != STEP:
+            inner = None
         self._pending.append((frame, mark, len(stack), inner, flops, moved))
         if not stack and len(self._pending) >= PENDING:
             self._fold()
@@ -205,15 +206,8 @@ class Recorder:
             own = seconds - children[depth + 1]
             children[depth + 1] = 0.0
             children[depth] = children[depth] + seconds if depth else 0.0
-            row = self._rows.setdefault((frame.name, frame.pass_), _Sum({}))
-            row.seconds += own
-            row.calls += not inner
-            row.flops += flops
-            row.bytes += moved
-            if frame.engines:
-                row.engines.setdefault(frame.engines)
-            if not row.dtype:
-                row.dtype = frame.problem.dtype if frame.problem else _dtype(frame.owner)
+            if inner is not None:
+                self._add(frame, own, not inner, flops, moved)
             if depth == 0 and frame.name == STEP:
                 self.wall += seconds
                 self.steps += 1
@@ -222,6 +216,18 @@ class Recorder:
             if len(self.spans) < TRACED:
                 self.spans.append(self._span(frame, mark, depth, seconds, flops, moved))
         self._pending.clear()
+
+    def _add(self, frame: _Frame, seconds: float, call: bool, flops: int, moved: int) -> None:
+        """Add a range to its row."""
+        row = self._rows.setdefault((frame.name, frame.pass_), _Sum({}))
+        row.seconds += seconds
+        row.calls += call
+        row.flops += flops
+        row.bytes += moved
+        for engine in frame.engines.split():
+            row.engines.setdefault(engine)
+        if not row.dtype:
+            row.dtype = frame.problem.dtype if frame.problem else _dtype(frame.owner)
 
     def _span(
         self, frame: _Frame, mark: Any, depth: int, seconds: float, flops: int, moved: int
@@ -261,7 +267,7 @@ class Recorder:
                 s.dtype,
             )
             for (name, pass_), s in self._rows.items()
-            if (name, pass_) != (STEP, REST) and not (self.steps and name == VALIDATION)
+            if (name, pass_) != (STEP, REST)
         ]
         names = {row.name: None for row in sorted(found, key=lambda r: _numbered(r.name))}
         place = {name: k for k, name in enumerate(names)}
@@ -336,13 +342,15 @@ def record_process(folder: str) -> None:
 
     This is how ``gpuconv profile -- python script.py`` profiles without NVIDIA's tools.
     """
-    from gpuconv.profiling.files import write
+    from gpuconv.profiling.files import limits, write
 
     recorder = Recorder()
+    # Now: at exit there are no new threads. Of every dtype, as it is not known what will be used.
+    floors = limits(recorder, 0.1, ("float16", "float32", "float64"))
     ranges.install(recorder)
 
     def finish() -> None:
         ranges.install(None)
-        write(recorder, Path(folder))
+        write(recorder, Path(folder), floors)
 
     atexit.register(finish)

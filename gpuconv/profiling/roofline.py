@@ -41,7 +41,7 @@ def draw(path: Path, rows: Sequence[Row], floors: Floors, title: str) -> bool:
     axes: Any = figure.add_subplot()
     intensity = [r.flops / r.bytes for r in points]
     ridges = [peak / floors.bandwidth for peak in floors.peak.values()]
-    low, high = min(intensity + ridges) / 4, max(intensity + ridges) * 4
+    low, high = min(intensity + ridges) / 2, max(intensity + ridges) * 2
     for dtype in dict.fromkeys(r.dtype for r in points):
         peak = floors.peak.get(dtype)
         if peak is None:
@@ -64,23 +64,33 @@ def draw(path: Path, rows: Sequence[Row], floors: Floors, title: str) -> bool:
         axes.scatter(
             [r.flops / r.bytes for r in some],
             [r.flops / r.seconds / 1e9 for r in some],
-            s=[30 + 400 * r.seconds / whole for r in some],
+            s=[60 + 900 * r.seconds / whole for r in some],
             marker=_MARKERS.get(pass_, "o"),
-            alpha=0.7,
+            alpha=0.6,
             label=pass_,
         )
     for row in longest:
+        # Layers by their numbers: names would hide each other.
+        number = row.name.split(" ")[0]
+        text = number if " " in row.name and number.replace(".", "").isdigit() else row.name
         axes.annotate(
-            row.name, (row.flops / row.bytes, row.flops / row.seconds / 1e9),
-            xytext=(6, -3), textcoords="offset points", fontsize=7,
+            text, (row.flops / row.bytes, row.flops / row.seconds / 1e9),
+            ha="center", va="center", fontsize=7,
         )  # fmt: skip
+    reached = [r.flops / r.seconds / 1e9 for r in points]
+    bottom = min([*reached, low * floors.bandwidth / 1e9]) / 2
+    top = max([*reached, *(p / 1e9 for p in floors.peak.values())]) * 2
     axes.set(
-        xscale="log", yscale="log", xlim=(low, high), title=title,
+        ylim=(bottom, top), xscale="log", yscale="log", xlim=(low, high), title=title,
         xlabel="operations a byte (FLOP/B), by the definition", ylabel="GFLOP/s",
     )  # fmt: skip
     axes.grid(which="both", alpha=0.2)
     axes.legend(
-        title="area: time", fontsize=8, title_fontsize=8, loc="lower right", markerscale=0.6
+        title="area: time; numbers: layers",
+        fontsize=8,
+        title_fontsize=8,
+        loc="lower right",
+        markerscale=0.6,
     )
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120)

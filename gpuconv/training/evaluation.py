@@ -11,6 +11,7 @@ from gpuconv.arguments import integer
 from gpuconv.device import asnumpy
 from gpuconv.losses import softmax
 from gpuconv.models import Sequential
+from gpuconv.profiling import ranges
 
 __all__ = ["Evaluation", "confusion_matrix", "evaluate", "format_confusion", "probabilities"]
 
@@ -48,8 +49,9 @@ def _logits(net: Sequential, images: Array, batch_size: int) -> Host:
     integer("batch_size", batch_size, 1)
     parts = []
     for start in range(0, len(images), batch_size):
-        out = net.forward(images[start : start + batch_size], retain_derived=False)
-        parts.append(asnumpy(out).astype(np.float64))
+        with ranges.part(ranges.VALIDATION, "forward"):
+            out = net.forward(images[start : start + batch_size], retain_derived=False)
+            parts.append(asnumpy(out).astype(np.float64))
     return np.concatenate(parts)
 
 

@@ -19,6 +19,8 @@ from gpuconv.arguments import integer, real
 from gpuconv.device import asarray, asnumpy
 from gpuconv.losses import CrossEntropy
 from gpuconv.models import Sequential
+from gpuconv.profiling import ranges
+from gpuconv.profiling.ranges import REST, STEP
 from gpuconv.training.data import epoch_order
 from gpuconv.training.evaluation import evaluate
 
@@ -218,6 +220,7 @@ def fit(
                 f"{name}: labels hold {int(labels.max())}; expected classes 0 to {out[-1] - 1}, "
                 "the network's outputs"
             )
+    ranges.name_layers(net.layers)
     place = net.layers[0].device
     x, y = asarray(x, place), asarray(y, place)
     held_x, held_y = asarray(validation[0], place), asnumpy(validation[1])
@@ -230,12 +233,15 @@ def fit(
         while now.step < steps:
             on_event(StepBegin(now.epoch + 1, now.step + 1))
             begin = time.perf_counter()
-            chosen = asarray(order[now.step * batch_size :][:batch_size], place)
-            images, labels = x[chosen], y[chosen]
-            if augment is not None:
-                images = augment(images, now.epoch, now.step)
-            with np.errstate(over="ignore", invalid="ignore"):  # said below, once
-                loss, correct = _step(net, images, labels)
+            with ranges.part(STEP, REST):
+                with ranges.part(STEP, "batch"):
+                    chosen = asarray(order[now.step * batch_size :][:batch_size], place)
+                    images, labels = x[chosen], y[chosen]
+                if augment is not None:
+                    with ranges.part(STEP, "augment"):
+                        images = augment(images, now.epoch, now.step)
+                with np.errstate(over="ignore", invalid="ignore"):  # said below, once
+                    loss, correct = _step(net, images, labels)
             if not math.isfinite(loss):
                 raise DivergedError(
                     f"the loss is {loss} at step {now.step + 1} of epoch {now.epoch + 1}"
@@ -279,9 +285,10 @@ def _step(net: Sequential, images: Array, labels: Array) -> tuple[float, int]:
     Where the loss is not finite, the parameters are left as they are.
     """
     logits = net.forward(images, retain_derived=True)
-    loss, gradient = CrossEntropy().from_logits(labels, logits)
-    value = float(loss)
-    correct = int((logits.argmax(axis=1) == labels).sum())
+    with ranges.part(STEP, "loss"):
+        loss, gradient = CrossEntropy().from_logits(labels, logits)
+        value = float(loss)
+        correct = int((logits.argmax(axis=1) == labels).sum())
     if math.isfinite(value):
         net.backward(gradient, input_grad=False)
         net.update(value)
