@@ -197,6 +197,9 @@ class LeakyReLU(Activation):
     def __post_init__(self) -> None:
         real("alpha", self.alpha, 0)
 
+    def __str__(self) -> str:
+        return f"Leaky ReLU(alpha={self.alpha})"  # what numpy-ml writes, and reads
+
     def fn(self, z: Array, out: Array | None = None) -> Array:
         """Return ``z`` where positive, else ``alpha * z``."""
         return _store(namespace(z).where(z > 0, z, self.alpha * z), out)

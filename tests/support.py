@@ -19,7 +19,14 @@ from gpuconv import dispatch
 from gpuconv.activations import get_activation
 from gpuconv.cuda import runtime
 
-CPU_ENGINES = ["naive", "numpy_depthwise", "numpy_gemm", "numpy_planar", "numpy_taps", "numpy_winograd"]
+CPU_ENGINES = [
+    "naive",
+    "numpy_depthwise",
+    "numpy_gemm",
+    "numpy_planar",
+    "numpy_taps",
+    "numpy_winograd",
+]
 CUDA_ENGINES = ["cuda_atomic"]
 DTYPES = ["float64", "float32", "float16"]
 

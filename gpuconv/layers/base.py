@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -18,13 +18,12 @@ from gpuconv.activations import Activation, get_activation
 from gpuconv.device import CPU, Device, asarray, device_of, namespace, parse_device
 from gpuconv.device import device as default_device
 from gpuconv.initializers import Rng, generator, get_initializer, glorot_gain
+from gpuconv.layers.interface import Array, Layer, Shape
 from gpuconv.optimizers import Optimizer, get_optimizer
 from gpuconv.profiling import ranges
 
-__all__ = ["LayerBase", "Lazy"]
+__all__ = ["Array", "LayerBase", "Lazy", "Shape", "activation_of"]
 
-Array = Any
-Shape = tuple[int, ...]
 FLOATS = ("float16", "float32", "float64")
 _NAMES = {np.dtype(name): name for name in FLOATS}
 
@@ -59,7 +58,7 @@ class Lazy(Sequence[Array]):
         return (self[k] for k in range(len(self)))
 
 
-class LayerBase(abc.ABC):
+class LayerBase(Layer):
     """A layer.
 
     Parameters
@@ -91,6 +90,13 @@ class LayerBase(abc.ABC):
         The first input's dtype; None before.
     """
 
+    parameters: dict[str, Array]
+    gradients: dict[str, Array]
+    derived_variables: dict[str, Any]
+    trainable: bool
+    #: Hyperparameters that follow from the first input, or cannot be given.
+    _derived_settings: ClassVar[frozenset[str]] = frozenset()
+
     def __init__(
         self,
         optimizer: Optimizer | str | Mapping[str, Any] | None,
@@ -103,9 +109,9 @@ class LayerBase(abc.ABC):
         self.X: list[Array] = []
         self.act_fn: Activation | None = None
         self.trainable = True
-        self.parameters: dict[str, Array] = {}
-        self.gradients: dict[str, Array] = {}
-        self.derived_variables: dict[str, Any] = self._no_derived()
+        self.parameters = {}
+        self.gradients = {}
+        self.derived_variables = self._no_derived()
         self.is_initialized = False
         self.device: Device | None = None
         self.dtype: str | None = None
@@ -115,10 +121,15 @@ class LayerBase(abc.ABC):
 
     # ------------------------------------------------------------- what a layer says of itself
 
-    @property
-    @abc.abstractmethod
-    def hyperparameters(self) -> dict[str, Any]:
-        """Return what makes the layer."""
+    def config(self) -> dict[str, Any]:
+        """Return what makes the layer anew, without weights and optimizer."""
+        leave = self._derived_settings | {"optimizer"}
+        values = {k: v for k, v in self.hyperparameters.items() if k not in leave}
+        return {**values, "layer": type(self).__name__}
+
+    def leaves(self) -> list[tuple[str, Layer]]:
+        """Return the layer itself, without a name."""
+        return [("", self)]
 
     def _optimizer_summary(self) -> dict[str, Any]:
         return {
@@ -140,7 +151,7 @@ class LayerBase(abc.ABC):
             If the layer takes no such input.
         """
 
-    def _init_params(self, shape: Shape) -> None:  # noqa: B027
+    def _init_params(self, shape: Shape) -> None:
         """Draw the parameters for an input of ``shape``; a layer without any has nothing to do."""
 
     # ------------------------------------------------------------------------------ the passes
@@ -177,40 +188,6 @@ class LayerBase(abc.ABC):
                 self.X.append(X)
             return Y
 
-    def backward(
-        self,
-        dLdy: Array | list[Array],
-        retain_grads: bool = True,
-        *,
-        input_grad: bool = True,
-    ) -> Array | list[Array]:
-        """Return the gradient with respect to the input, and add up those of the parameters.
-
-        Parameters
-        ----------
-        dLdy : ndarray or list of ndarray
-            The gradient with respect to the output of each retained forward pass.
-        retain_grads : bool
-            Whether to add the parameters' gradients to ``gradients``.
-        input_grad : bool
-            Whether the input's gradient is wanted; if not, None takes its place and its work
-            is not done.
-
-        Returns
-        -------
-        ndarray or list of ndarray
-            A list where more than one forward pass was retained.
-
-        Raises
-        ------
-        RuntimeError
-            If the layer is frozen, or no forward pass was retained.
-        TypeError, ValueError
-            If ``dLdy`` does not match the retained passes.
-        """
-        self._check_trainable()
-        return self.backpropagate(dLdy, retain_grads, input_grad)
-
     def backpropagate(
         self, dLdy: Array | list[Array], retain_grads: bool, input_grad: bool = True
     ) -> Array | list[Array]:
@@ -232,25 +209,29 @@ class LayerBase(abc.ABC):
 
     def _accepted(self, X: Array) -> Array:
         """Return the input on the layer's device; the first one settles device, dtype and weights."""
+        where, place = self._checked("X", X, self.device or self._wanted_device)
+        self.output_shape(tuple(X.shape))  # checks it
+        if self.device is None:
+            self._settle(tuple(X.shape), dtype_name(X.dtype), place)
+        return X if where == place else asarray(X, place)
+
+    def _checked(self, name: str, X: Array, place: Device | None) -> tuple[Device, Device]:
+        """Return where an input is and where it is to go, if the layer takes its dtype."""
         where = device_of(X)
         if where is None or isinstance(X, np.ma.MaskedArray):
-            raise TypeError(f"X is a {type(X).__name__}; expected a NumPy or CuPy array")
+            raise TypeError(f"{name} is a {type(X).__name__}; expected a NumPy or CuPy array")
         dtype = dtype_name(X.dtype)
         if dtype not in FLOATS:
-            raise TypeError(f"X has dtype {X.dtype}; expected one of {', '.join(FLOATS)}")
+            raise TypeError(f"{name} has dtype {X.dtype}; expected one of {', '.join(FLOATS)}")
         if self.dtype is not None and dtype != self.dtype:
             raise TypeError(
-                f"X has dtype {X.dtype}; expected {self.dtype}, as the layer's parameters"
+                f"{name} has dtype {X.dtype}; expected {self.dtype}, as the layer's parameters"
             )
-        place = self.device or self._wanted_device
         if place is None:
             place = where if where != CPU else default_device()
         if where not in (CPU, place):
-            raise ValueError(f"X is on {where} and the layer on {place}; expected one device")
-        self.output_shape(tuple(X.shape))  # checks it
-        if self.device is None:
-            self._settle(tuple(X.shape), dtype, place)
-        return X if where == place else asarray(X, place)
+            raise ValueError(f"{name} is on {where} and the layer on {place}; expected one device")
+        return where, place
 
     def build(self, shape: Sequence[int], dtype: str = "float32") -> Shape:
         """Draw the parameters for an input of ``shape`` without one, and return the output's shape.
@@ -303,7 +284,7 @@ class LayerBase(abc.ABC):
                 raise TypeError(f"dLdy is a {type(dy).__name__}; expected a NumPy or CuPy array")
             if dtype_name(dy.dtype) != self.dtype:
                 raise TypeError(f"dLdy has dtype {dy.dtype}; expected {self.dtype}")
-            want = self.output_shape(tuple(x.shape))
+            want = self.output_shape(self._retained_shape(x))
             if tuple(dy.shape) != want:
                 raise ValueError(f"dLdy has shape {tuple(dy.shape)}; expected {want}, the output's")
             if where not in (CPU, self.device):
@@ -311,11 +292,18 @@ class LayerBase(abc.ABC):
             taken.append(dy if where == self.device else asarray(dy, self.device))
         return taken
 
+    def _retained_shape(self, X: Any) -> Shape:
+        return tuple(X.shape)
+
     # ------------------------------------------------------------------------------ parameters
 
     def use_rng(self, rng: Rng) -> None:
         """Draw the initial weights, if they are not drawn yet, from this generator."""
         self._rng = generator(rng)
+
+    def use_optimizer(self, optimizer: Optimizer) -> None:
+        """Train with a fresh optimizer of this kind."""
+        self.optimizer = optimizer.fresh()
 
     def use_device(self, device: Device | str) -> None:
         """Compute on this device.
@@ -343,12 +331,13 @@ class LayerBase(abc.ABC):
 
     def _reset_gradients(self) -> None:
         for name, value in self.parameters.items():
-            self.gradients[name] = namespace(value).zeros(value.shape, value.dtype)
+            if name in self._trained_names():
+                self.gradients[name] = namespace(value).zeros(value.shape, value.dtype)
         self._untouched = True
 
-    def _check_trainable(self) -> None:
-        if not self.trainable:
-            raise RuntimeError(f"{type(self).__name__} is frozen; unfreeze() it to train it")
+    def _trained_names(self) -> tuple[str, ...]:
+        """Return the parameters that the optimizer changes."""
+        return self._parameter_names()
 
     def freeze(self) -> None:
         """Keep the parameters as they are; training the layer is an error from now on."""
@@ -357,17 +346,6 @@ class LayerBase(abc.ABC):
     def unfreeze(self) -> None:
         """Let the parameters be trained again."""
         self.trainable = True
-
-    def flush_gradients(self) -> None:
-        """Forget what the forward passes retained, and set the gradients to zero.
-
-        Raises
-        ------
-        RuntimeError
-            If the layer is frozen.
-        """
-        self._check_trainable()
-        self.discard()
 
     def discard(self) -> None:
         """Do :meth:`flush_gradients`' work, frozen or not."""
@@ -432,10 +410,10 @@ class LayerBase(abc.ABC):
         flat: dict[str, Any] = {}
         for key, value in summary_dict.items():
             flat.update(value if key in ("parameters", "hyperparameters") else {key: value})
-        name = flat.get("layer", type(self).__name__)
-        if name != type(self).__name__:
-            raise ValueError(f"layer is {name!r}; expected {type(self).__name__!r}")
         known = self.hyperparameters
+        name = flat.get("layer", known["layer"])
+        if name != known["layer"]:
+            raise ValueError(f"layer is {name!r}; expected {known['layer']!r}")
         values = {k: v for k, v in flat.items() if k in known and k != "layer"}
         parameters = {
             k: v for k, v in flat.items() if k in self._parameter_names() and v is not None
@@ -498,7 +476,7 @@ class LayerBase(abc.ABC):
         self.is_initialized = True
         self._follow_parameters()
 
-    def _follow_parameters(self) -> None:  # noqa: B027
+    def _follow_parameters(self) -> None:
         """Set what follows from the parameters' shapes."""
 
 

@@ -42,6 +42,8 @@ class FullyConnected(LayerBase):
         looked at).
     """
 
+    _derived_settings = frozenset({"n_in"})
+
     def __init__(
         self,
         n_out: int,

@@ -34,6 +34,8 @@ class Pool2D(LayerBase):
         As for every layer; there is nothing to train.
     """
 
+    _derived_settings = frozenset({"act_fn", "in_ch", "out_ch"})
+
     def __init__(
         self,
         kernel_shape: int | tuple[int, int],

@@ -9,23 +9,44 @@ import numpy as np
 
 from gpuconv.device import Device, asarray, asnumpy
 from gpuconv.initializers import Rng, generator
-from gpuconv.layers import Conv2D, Flatten, FullyConnected, LayerBase, Pool2D
+from gpuconv.layers import (
+    Add,
+    BatchNorm1D,
+    BatchNorm2D,
+    Conv1D,
+    Conv2D,
+    Deconv2D,
+    Dropout,
+    Flatten,
+    FullyConnected,
+    Layer,
+    LayerNorm1D,
+    LayerNorm2D,
+    Multiply,
+    Pool2D,
+    Softmax,
+)
+from gpuconv.modules import (
+    ResidualBlock,
+    SkipConnectionConvModule,
+    SkipConnectionIdentityModule,
+)
 from gpuconv.optimizers import Optimizer, get_optimizer
 
 __all__ = ["Sequential"]
 
 Array = Any
 
-_LAYERS: dict[str, type[LayerBase]] = {
-    cls.__name__: cls for cls in (Conv2D, Flatten, FullyConnected, Pool2D)
-}
-#: Hyperparameters that follow from the first input, or are kept apart from the layer's making.
-_NOT_ARGUMENTS = {
-    "Conv2D": {"in_ch"},
-    "FullyConnected": {"n_in"},
-    "Pool2D": {"act_fn", "in_ch", "out_ch"},
-    "Flatten": set(),
-}
+_LAYERS: dict[str, type[Layer]] = {
+    cls.__name__: cls
+    for cls in (
+        Conv2D, Conv1D, Deconv2D, Pool2D, FullyConnected, Flatten, BatchNorm1D, BatchNorm2D,
+        LayerNorm1D, LayerNorm2D, Softmax, Add, Multiply, ResidualBlock,
+        SkipConnectionIdentityModule, SkipConnectionConvModule,
+    )
+}  # fmt: skip
+#: How deep wrappers may stand in each other in a description.
+_DEPTH = 8
 
 
 class Sequential:
@@ -33,7 +54,7 @@ class Sequential:
 
     Parameters
     ----------
-    layers : sequence of LayerBase
+    layers : sequence of Layer
         At least one, each once.
     optimizer : Optimizer, str, dict or None
         Given to every layer, a fresh copy each; None leaves the layers' own.
@@ -50,7 +71,7 @@ class Sequential:
 
     def __init__(
         self,
-        layers: Sequence[LayerBase],
+        layers: Sequence[Layer],
         optimizer: Optimizer | str | Mapping[str, Any] | None = None,
         *,
         rng: Rng = None,
@@ -61,7 +82,7 @@ class Sequential:
         if not layers:
             raise ValueError("layers is empty; expected at least one layer")
         for k, layer in enumerate(layers):
-            if not isinstance(layer, LayerBase):
+            if not isinstance(layer, Layer):
                 raise TypeError(f"layers[{k}] is a {type(layer).__name__}; expected a layer")
         if len(set(map(id, layers))) != len(layers):
             raise ValueError("layers holds a layer twice; expected each once")
@@ -79,15 +100,14 @@ class Sequential:
     def __len__(self) -> int:
         return len(self.layers)
 
-    def __getitem__(self, index: int) -> LayerBase:
-        layer: LayerBase = self.layers[index]
-        return layer
+    def __getitem__(self, index: int) -> Any:
+        return self.layers[index]
 
     def set_optimizer(self, optimizer: Optimizer | str | Mapping[str, Any] | None) -> None:
         """Give every layer a fresh optimizer of this kind."""
         made = get_optimizer(optimizer)
         for layer in self.layers:
-            layer.optimizer = made.fresh()
+            layer.use_optimizer(made)
 
     @property
     def trainable(self) -> bool:
@@ -113,7 +133,7 @@ class Sequential:
         return current
 
     def forward(self, X: Array, retain_derived: bool = True) -> Array:
-        """Return the last layer's output; see :meth:`LayerBase.forward`."""
+        """Return the last layer's output; see :meth:`gpuconv.layers.LayerBase.forward`."""
         for layer in self.layers:
             X = layer.forward(X, retain_derived)
         return X
@@ -175,22 +195,33 @@ class Sequential:
         for layer in self.layers:
             layer.unfreeze()
 
+    def _leaves(self) -> list[tuple[str, Any]]:
+        """Return the layers that hold parameters by number and, within a module, name."""
+        return [
+            (f"{k}.{name}" if name else str(k), leaf)
+            for k, layer in enumerate(self.layers)
+            for name, leaf in layer.leaves()
+        ]
+
     @property
     def parameters(self) -> dict[str, Array]:
-        """Return all parameters, as ``"<number of the layer>.<name>"``."""
+        """Return all parameters, as ``"<number of the layer>.<name>"``.
+
+        Those of a module's components are named ``"<number>.<component>.<name>"``.
+        """
         return {
-            f"{k}.{name}": value
-            for k, layer in enumerate(self.layers)
-            for name, value in layer.parameters.items()
+            f"{place}.{name}": value
+            for place, leaf in self._leaves()
+            for name, value in leaf.parameters.items()
         }
 
     @property
     def gradients(self) -> dict[str, Array]:
         """Return all gradients, named as the parameters."""
         return {
-            f"{k}.{name}": value
-            for k, layer in enumerate(self.layers)
-            for name, value in layer.gradients.items()
+            f"{place}.{name}": value
+            for place, leaf in self._leaves()
+            for name, value in leaf.gradients.items()
         }
 
     # ------------------------------------------------------------------- summaries and weights
@@ -219,13 +250,7 @@ class Sequential:
 
     def config(self) -> dict[str, Any]:
         """Return what makes the layers, as JSON values, without weights and optimizers."""
-        layers = []
-        for layer in self.layers:
-            values = layer.hyperparameters
-            name = values["layer"]
-            leave = _NOT_ARGUMENTS[name] | {"optimizer"}
-            layers.append({k: _plain(v) for k, v in values.items() if k not in leave})
-        return {"layers": layers}
+        return {"layers": [_plain(layer.config()) for layer in self.layers]}
 
     @classmethod
     def from_config(
@@ -243,15 +268,10 @@ class Sequential:
             raise ValueError("config has no layers; expected what config() of a model returns")
         layers = []
         for k, part in enumerate(found):
-            name = part.get("layer") if isinstance(part, Mapping) else None
-            if not isinstance(name, str) or name not in _LAYERS:
-                allowed = ", ".join(_LAYERS)
-                raise ValueError(f"config's layer {k} is {name!r}; expected one of {allowed}")
-            options = {str(key): value for key, value in part.items() if key != "layer"}
             try:
-                layers.append(_LAYERS[name](**options))
+                layers.append(_made(part))
             except (TypeError, ValueError) as error:
-                raise ValueError(f"config's layer {k} ({name}): {error}") from None
+                raise ValueError(f"config's layer {k} {error}") from None
         return cls(layers, device=device)
 
     def tensors(self) -> dict[str, np.ndarray[Any, Any]]:
@@ -269,22 +289,23 @@ class Sequential:
         """
         own = self.parameters
         _check_same(tensors, own)
-        for k, layer in enumerate(self.layers):
-            for name in layer.parameters:
-                value = tensors[f"{k}.{name}"]
-                layer.parameters[name] = asarray(np.array(asnumpy(value)), layer.device)
+        for place, leaf in self._leaves():
+            for name in leaf.parameters:
+                value = tensors[f"{place}.{name}"]
+                leaf.parameters[name] = asarray(np.array(asnumpy(value)), leaf.device)
+        for layer in self.layers:
             layer.discard()
 
     def state(self) -> list[dict[str, Any]]:
         """Return the optimizers' counts and schedules as JSON values; see :meth:`load_state`."""
-        return [layer.optimizer.state()[0] for layer in self.layers]
+        return [leaf.optimizer.state()[0] for _, leaf in self._leaves()]
 
     def state_tensors(self) -> dict[str, np.ndarray[Any, Any]]:
         """Return the optimizers' arrays as NumPy arrays, by name."""
         return {
-            f"{k}.{name}": np.array(asnumpy(value))
-            for k, layer in enumerate(self.layers)
-            for name, value in layer.optimizer.state()[1].items()
+            f"{place}.{name}": np.array(asnumpy(value))
+            for place, leaf in self._leaves()
+            for name, value in leaf.optimizer.state()[1].items()
         }
 
     def load_state(self, state: Sequence[Mapping[str, Any]], tensors: Mapping[str, Array]) -> None:
@@ -297,22 +318,41 @@ class Sequential:
         """
         if not isinstance(state, (list, tuple)):
             raise TypeError(f"state is a {type(state).__name__}; expected what state() returns")
-        if len(state) != len(self.layers):
-            raise ValueError(f"state has {len(state)} entries; expected {len(self.layers)}")
-        for k, (layer, part) in enumerate(zip(self.layers, state, strict=True)):
+        leaves = self._leaves()
+        if len(state) != len(leaves):
+            raise ValueError(f"state has {len(state)} entries; expected {len(leaves)}")
+        for (place, leaf), part in zip(leaves, state, strict=True):
             own = {
-                name.partition(".")[2]: asarray(np.array(asnumpy(value)), layer.device)
+                name.removeprefix(f"{place}."): asarray(np.array(asnumpy(value)), leaf.device)
                 for name, value in tensors.items()
-                if name.partition(".")[0] == str(k)
+                if name.startswith(f"{place}.")
             }
             for name, value in own.items():
-                parameter = layer.parameters.get(name.partition(".")[0])
+                parameter = leaf.parameters.get(name.partition(".")[0])
                 if parameter is None or parameter.shape != value.shape:
-                    raise ValueError(f"tensor {k}.{name} fits no parameter of layer {k}")
-            layer.optimizer.load_state(part, own)
+                    raise ValueError(f"tensor {place}.{name} fits no parameter of layer {place}")
+            leaf.optimizer.load_state(part, own)
+
+
+def _made(part: Any, depth: int = 0) -> Layer:
+    """Return the layer that a part of a description makes; an error's text begins with its name."""
+    name = part.get("layer") if isinstance(part, Mapping) else None
+    if not isinstance(name, str) or (name not in _LAYERS and name != "Dropout"):
+        raise ValueError(f"is {name!r}; expected one of {', '.join([*_LAYERS, 'Dropout'])}")
+    options = {str(key): value for key, value in part.items() if key != "layer"}
+    if name == "Dropout":
+        if depth == _DEPTH:
+            raise ValueError(f"has more than {_DEPTH} wrappers; expected fewer")
+        return Dropout(_made(options.pop("wrapped_layer", None), depth + 1), **options)
+    try:
+        return _LAYERS[name](**options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"({name}): {error}") from None
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(v) for key, v in value.items()}
     return list(value) if isinstance(value, tuple) else value
 
 
