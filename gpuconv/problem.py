@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 from gpuconv.activations import Activation
@@ -68,6 +68,14 @@ class ConvProblem:
     dtype: str = "float32"
     layout: str = CHANNELS_LAST
     activation: Activation | None = None
+
+    def __hash__(self) -> int:
+        # Worked out once: a small call looks its plan up several times.
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, f.name) for f in fields(self)))
 
     @cached_property
     def ndim(self) -> int:

@@ -7,7 +7,6 @@ cache, a worker per core.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -95,6 +94,7 @@ def _ones(count: int, dtype: Any) -> Array:
 
 def backward_by_parts(
     problem: ConvProblem,
+    plain: ConvProblem,
     by_x: Engine | None,
     by_w: Engine | None,
     dy: Array,
@@ -112,15 +112,14 @@ def backward_by_parts(
 
     Parameters
     ----------
-    problem : ConvProblem
-        With the activation.
+    problem, plain : ConvProblem
+        With the activation, and without.
     by_x, by_w : Engine or None
         What computes the gradients of the input and of the weights.
     dy, x, w, y, dx, dw, db
         As :meth:`Engine.backward` takes them; NumPy arrays.
     """
     activation = problem.activation
-    plain = problem if activation is None else replace(problem, activation=None)
     if activation is None or y is None:
         if by_x is not None and dx is not None:
             by_x.input_grad(plain, dy, w, dx)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,7 @@ SMALL = 1 << 20
 scratch = Scratch()
 
 
+@cache
 def wide_dtype(dtype: str) -> np.dtype[Any]:
     """Return the dtype of buffers and products."""
     return np.dtype("float32" if dtype in ("float16", "bfloat16") else dtype)

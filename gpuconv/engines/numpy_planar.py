@@ -78,6 +78,7 @@ def _column_sets(axis: Axis) -> tuple[tuple[_Columns, ...], tuple[tuple[int, int
     return sets, tuple(taps)
 
 
+@lru_cache(maxsize=1024)
 def _axes(problem: ConvProblem) -> tuple[Axis, Axis]:
     """Return the gather of the forward pass over two axes."""
     axes = forward_axes(problem)
@@ -237,6 +238,11 @@ def _two_axes(array: Array) -> Array:
 
 def _block_rows(problem: ConvProblem) -> int:
     """Return how many rows of outputs, of one image or of several, a block should have."""
+    return _block_rows_under(problem, settings.generation)
+
+
+@lru_cache(maxsize=1024)
+def _block_rows_under(problem: ConvProblem, generation: int) -> int:
     _, columns = _axes(problem)
     size = wide_dtype(problem.dtype).itemsize
     depth = problem.taps * problem.in_channels
@@ -248,6 +254,11 @@ def _block_rows(problem: ConvProblem) -> int:
 
 def _cut(problem: ConvProblem) -> tuple[tuple[Block, ...], ...]:
     """Divide images and rows into blocks, and these among workers."""
+    return _cut_under(problem, settings.generation)
+
+
+@lru_cache(maxsize=1024)
+def _cut_under(problem: ConvProblem, generation: int) -> tuple[tuple[Block, ...], ...]:
     rows, columns = _axes(problem)
     line = (0, columns.count)
     cut = blocks((problem.batch, rows.count), _block_rows(problem), worker_count(problem.flops))
@@ -259,6 +270,11 @@ def _images(problem: ConvProblem) -> tuple[tuple[Block, ...], ...]:
 
     Returns ranges of images and of rows; where rows are divided, a share has one.
     """
+    return _images_under(problem, settings.generation)
+
+
+@lru_cache(maxsize=1024)
+def _images_under(problem: ConvProblem, generation: int) -> tuple[tuple[Block, ...], ...]:
     rows, _ = _axes(problem)
     workers = worker_count(problem.flops)
     batch = problem.batch
@@ -294,6 +310,8 @@ def _matrix(cells: Array, dtype: Any) -> Array | None:
         return None
     if min(s[2:]) < cells.itemsize:
         return None
+    if cells.flags.c_contiguous:
+        return cells.reshape(-1, channels)
     return as_strided(cells, (n * rows * columns, channels), (s[2], s[3]))
 
 

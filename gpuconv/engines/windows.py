@@ -73,6 +73,7 @@ class Phase:
     taps: tuple[slice, ...]
 
 
+@lru_cache(maxsize=1024)
 def forward_axes(problem: ConvProblem) -> tuple[Axis, ...]:
     """Return how the forward pass gathers from ``x``."""
     return tuple(

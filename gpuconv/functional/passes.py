@@ -58,20 +58,23 @@ def conv(
     out: Array | None,
 ) -> Array:
     """Return ``act(conv(x, w) + b)``; the arguments are those of :func:`gpuconv.conv2d`."""
-    where = check_arrays({"x": x, "w": w, "b": b})
-    if where is None:
-        return dlpack.call(
-            lambda x, w, b, out: conv(
-                nd, x, w, b, stride, padding, dilation, groups, layout, activation, out
-            ),
-            {"x": x, "w": w, "b": b, "out": out},
-        )
-    x, w, b = native(x), native(w), None if b is None else native(b)
+    if _plain(x, w, b):
+        where: Device | None = CPU
+    else:
+        where = check_arrays({"x": x, "w": w, "b": b})
+        if where is None:
+            return dlpack.call(
+                lambda x, w, b, out: conv(
+                    nd, x, w, b, stride, padding, dilation, groups, layout, activation, out
+                ),
+                {"x": x, "w": w, "b": b, "out": out},
+            )
+        x, w, b = native(x), native(w), None if b is None else native(b)
     plan = make_plan(
         nd,
         x.shape,
         w.shape,
-        x.dtype.name,
+        _names.get(x.dtype) or x.dtype.name,
         hashable(stride),
         hashable(padding),
         hashable(dilation),
@@ -119,21 +122,24 @@ def conv_backward(
     needs: Iterable[str],
 ) -> tuple[Array | None, Array | None, Array | None]:
     """Return the gradients; the arguments are those of :func:`gpuconv.conv2d_backward`."""
-    where = check_arrays({"dy": dy, "x": x, "w": w, "y": y})
-    if where is None:
-        return dlpack.call(  # type: ignore[no-any-return]
-            lambda dy, x, w, y: conv_backward(
-                nd, dy, x, w, y, activation, stride, padding, dilation, groups, layout, needs
-            ),
-            {"dy": dy, "x": x, "w": w, "y": y},
-        )
-    dy, x, w, y = native(dy), native(x), native(w), None if y is None else native(y)
+    if _plain(x, w, y) and _plain(dy, w, None):
+        where: Device | None = CPU
+    else:
+        where = check_arrays({"dy": dy, "x": x, "w": w, "y": y})
+        if where is None:
+            return dlpack.call(  # type: ignore[no-any-return]
+                lambda dy, x, w, y: conv_backward(
+                    nd, dy, x, w, y, activation, stride, padding, dilation, groups, layout, needs
+                ),
+                {"dy": dy, "x": x, "w": w, "y": y},
+            )
+        dy, x, w, y = native(dy), native(x), native(w), None if y is None else native(y)
     act = activation_argument(activation)
     plan = make_plan(
         nd,
         x.shape,
         w.shape,
-        x.dtype.name,
+        _names.get(x.dtype) or x.dtype.name,
         hashable(stride),
         hashable(padding),
         hashable(dilation),
@@ -196,7 +202,7 @@ def _run_backward(
     if kind == "cpu":
         with ranges.convolution(plan.problem, "backward", names):
             by_x, by_w = ranges.watched(by_x), ranges.watched(by_w)
-            backward_by_parts(plan.problem, by_x, by_w, dy, x, w, y, dx, dw, db)
+            backward_by_parts(plan.problem, plan.plain, by_x, by_w, dy, x, w, y, dx, dw, db)
         return
     with ranges.convolution(plan.problem, "backward", names):
         activation = plan.problem.activation
@@ -291,6 +297,16 @@ def _dtype_name(dtype: Any) -> str | None:
     if found is None and dtype.name in DTYPES:
         found = _names[dtype] = dtype.name
     return found
+
+
+def _plain(x: Array, w: Array, other: Array | None) -> bool:
+    """Return whether these are NumPy arrays of one native dtype that is computed: the usual case."""
+    if type(x) is not np.ndarray or type(w) is not np.ndarray:
+        return False
+    dtype = x.dtype
+    if dtype is not w.dtype or dtype not in _names or not dtype.isnative:
+        return False
+    return other is None or (type(other) is np.ndarray and other.dtype is dtype)
 
 
 def check_arrays(arrays: dict[str, Array | None]) -> Device | None:

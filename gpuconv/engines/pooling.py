@@ -1,0 +1,385 @@
+"""Maximum and mean over windows, with gradients: axis by axis, in blocks that stay in a cache.
+
+A maximum or a sum over a window is one over its rows, then one over its columns: ``k + k``
+passes over the block in the place of ``k * k``. Cells of the padding are never stored; a tap
+that falls there has a shorter range.
+
+The gradient of a maximum has to find its cell again. The block's cells are copied to *planes*,
+one for each remainder of the index by the stride; seen flat, a tap is then an offset into a
+plane, so that every comparison and addition is one long loop, whichever axis is the channels'.
+The cells at the ends of a plane's lines, which belong to no window, have the gradient zero.
+
+On a CUDA device the block is the whole array.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from gpuconv.device import namespace
+from gpuconv.engines.im2col import run_shares, scratch, wide_dtype, worker_count
+from gpuconv.engines.windows import blocks
+
+__all__ = ["Windows", "pool", "pool_grad"]
+
+Array = Any
+Ints = tuple[int, ...]
+
+#: Bytes of a block's input: with what is made of it, it stays in a core's cache.
+BLOCK = 256 * 1024
+
+
+class Windows:
+    """Where the windows of a pooling lie.
+
+    Parameters
+    ----------
+    size, kernel, stride : tuple of int
+        Per spatial axis.
+    pads : tuple of (int, int)
+        Cells of padding before and after.
+    first : int
+        The first spatial axis: 1 where channels are last, 2 where they are first.
+    """
+
+    def __init__(
+        self, size: Ints, kernel: Ints, stride: Ints, pads: tuple[tuple[int, int], ...], first: int
+    ) -> None:
+        self.size, self.kernel, self.stride, self.first = size, kernel, stride, first
+        self.before = tuple(before for before, _ in pads)
+        self.out = tuple(
+            (n + before + after - k) // s + 1
+            for n, k, s, (before, after) in zip(size, kernel, stride, pads, strict=True)
+        )
+
+    def rows(self, start: int, stop: int) -> Windows:
+        """Return the windows of some outputs on the first axis; the input stays whole."""
+        part = object.__new__(Windows)
+        part.__dict__.update(self.__dict__)
+        part.before = (self.before[0] - start * self.stride[0], *self.before[1:])
+        part.out = (stop - start, *self.out[1:])
+        return part
+
+    def taps(self, axis: int, count: int | None = None) -> list[tuple[slice, slice]]:
+        """Return for each tap of an axis its outputs, and the cells that they read.
+
+        ``count`` is the number of outputs, if it is not that of the windows.
+        """
+        s, n, before = self.stride[axis], self.size[axis], self.before[axis]
+        out = self.out[axis] if count is None else count
+        found = []
+        for tap in range(self.kernel[axis]):
+            low = max(0, -((tap - before) // s))
+            high = max(low, min(out, (n - 1 + before - tap) // s + 1))
+            start = low * s + tap - before
+            found.append((slice(low, high), slice(start, start + (high - low) * s, s)))
+        return found
+
+    def counts(self, xp: Any) -> Array:
+        """Return how many cells of the input each window has, to be broadcast over an output."""
+        total = np.ones((1,) * self.first)
+        for axis in range(len(self.size)):
+            inside = np.zeros(self.out[axis])
+            for outputs, _ in self.taps(axis):
+                inside[outputs] += 1
+            total = total[..., None] * inside
+        return xp.asarray(total if self.first == 2 else total[..., None])
+
+
+def _at(axis: int, part: slice) -> tuple[slice, ...]:
+    return (*(slice(None),) * axis, part)
+
+
+def _new(xp: Any, name: str, shape: Ints, dtype: Any) -> Array:
+    """Return uninitialised memory: on the CPU a buffer of the thread's own."""
+    return scratch.get(name, shape, dtype) if xp is np else xp.empty(shape, dtype)
+
+
+# ----------------------------------------------------------------------------------- forward
+
+
+def pool(x: Array, y: Array, w: Windows, mode: str, padded: str) -> None:
+    """Write the maximum or the mean of every window into ``y``.
+
+    Parameters
+    ----------
+    x, y : ndarray
+        Input and result, ``(batch, *spatial, channels)`` or ``(batch, channels, *spatial)``.
+    w : Windows
+        Where they lie.
+    mode : {"max", "average"}
+        NaN in a window gives NaN in either.
+    padded : {"zeros", "outside"}
+        Whether the padding takes part as zeros or is not there.
+    """
+    xp = namespace(x)
+    scale = _scale(xp, w, mode, padded, y.dtype)
+
+    def work(images: slice, rows: tuple[int, int]) -> None:
+        part = w.rows(*rows)
+        source = x[images]
+        target = y[(images, *_at(w.first, slice(*rows))[1:])]
+        if source.dtype.itemsize == 2:
+            source, part = _widened(xp, source, part)
+        for axis in range(len(w.kernel)):
+            final = axis == len(w.kernel) - 1
+            shape = list(source.shape)
+            shape[w.first + axis] = part.out[axis]
+            direct = final and target.dtype == source.dtype
+            into = target if direct else _new(xp, f"pool{axis % 2}", tuple(shape), source.dtype)
+            _reduce(xp, source, into, part, axis, mode, padded)
+            source = into
+        if scale is not None:
+            source *= scale if isinstance(scale, float) else scale[_at(w.first, slice(*rows))]
+        if source is not target:
+            target[...] = source
+
+    _by_blocks(xp, x, w, w.out[0], work)
+
+
+def _widened(xp: Any, source: Array, part: Windows) -> tuple[Array, Windows]:
+    """Return the rows that a block reads in float32, and its windows over them."""
+    low = max(0, -part.before[0])
+    high = min(part.size[0], (part.out[0] - 1) * part.stride[0] - part.before[0] + part.kernel[0])
+    rows = source[_at(part.first, slice(low, high))]
+    wide = _new(xp, "pool", rows.shape, "float32")
+    wide[...] = rows
+    moved = part.rows(0, part.out[0])
+    moved.size = (high - low, *part.size[1:])
+    moved.before = (part.before[0] + low, *part.before[1:])
+    return wide, moved
+
+
+def _scale(xp: Any, w: Windows, mode: str, padded: str, dtype: Any) -> float | Array | None:
+    """Return what sums are multiplied by."""
+    if mode == "max":
+        return None
+    if padded == "zeros" or not any(
+        outputs.stop - outputs.start < n
+        for axis, n in enumerate(w.out)
+        for outputs, _ in w.taps(axis)
+    ):
+        return 1 / math.prod(w.kernel)
+    return (1 / w.counts(xp)).astype(wide_dtype(dtype.name))
+
+
+def _reduce(
+    xp: Any, source: Array, out: Array, w: Windows, axis: int, mode: str, padded: str
+) -> None:
+    """Combine the taps of one axis."""
+    at = w.first + axis
+    combine: Callable[..., Any] = xp.maximum if mode == "max" else xp.add
+    whole, rest = [], []
+    for outputs, cells in w.taps(axis):
+        part = source[_at(at, cells)]
+        if outputs.stop - outputs.start == w.out[axis]:
+            whole.append(part)
+        else:
+            rest.append((outputs, part))
+    if len(whole) > 1:
+        combine(whole[0], whole[1], out=out)
+    elif whole:
+        out[...] = whole[0]
+    else:
+        out.fill(-math.inf if mode == "max" else 0)
+    for part in whole[2:]:
+        combine(out, part, out=out)
+    for outputs, part in rest:
+        if outputs.stop > outputs.start:
+            target = out[_at(at, outputs)]
+            combine(target, part, out=target)
+        if mode == "max" and padded == "zeros":
+            for end in (slice(0, outputs.start), slice(outputs.stop, None)):
+                target = out[_at(at, end)]
+                combine(target, 0, out=target)
+
+
+# ---------------------------------------------------------------------------------- gradients
+
+
+def pool_grad(
+    dy: Array, x: Array | None, y: Array | None, dx: Array, w: Windows, mode: str, padded: str
+) -> None:
+    """Write the gradient of :func:`pool` into ``dx``.
+
+    A maximum that several cells share gives its gradient to the first, in row-major order.
+
+    Parameters
+    ----------
+    dy, dx : ndarray
+        Gradients with respect to the result and to the input.
+    x, y : ndarray or None
+        Input and result; for a maximum only.
+    w, mode, padded
+        As for :func:`pool`.
+    """
+    xp = namespace(dy)
+    scale = _scale(xp, w, mode, padded, dy.dtype)
+    s, before, k = w.stride[0], w.before[0], w.kernel[0]
+
+    def work(images: slice, rows: tuple[int, int]) -> None:
+        # The outputs whose windows reach into these rows of the input.
+        low = min(w.out[0], max(0, -((k - 1 - before - rows[0]) // s)))
+        high = max(low, min(w.out[0], (rows[1] - 1 + before) // s + 1))
+        target = dx[(images, *_at(w.first, slice(*rows))[1:])]
+        if high == low:
+            target[...] = 0
+            return
+        part = w.rows(low, high)
+        inside = (images, *_at(w.first, slice(low, high))[1:])
+        if x is not None and y is not None:
+            _max_grad(xp, dy[inside], x[images], y[inside], target, part, rows, padded)
+            return
+        share = _new(xp, "pool share", dy[inside].shape, wide_dtype(dy.dtype.name))
+        factor = scale if isinstance(scale, float) else scale[_at(w.first, slice(low, high))]  # type: ignore[index]
+        xp.multiply(dy[inside], factor, out=share)
+        _spread(xp, share, target, part, rows)
+
+    _by_blocks(xp, dx, w, w.size[0], work)
+
+
+def _spread(xp: Any, share: Array, dx: Array, w: Windows, rows: tuple[int, int]) -> None:
+    """Add every output's share to the cells of its window, columns first."""
+    for axis in reversed(range(len(w.kernel))):
+        at = w.first + axis
+        final = axis == 0
+        offset, size = (rows[0], rows[1] - rows[0]) if final else (0, w.size[axis])
+        shape = list(share.shape)
+        shape[at] = size
+        direct = final and dx.dtype == share.dtype
+        into = dx if direct else _new(xp, f"pool{axis % 2}", tuple(shape), share.dtype)
+        into.fill(0)
+        part = w.rows(0, w.out[0])
+        part.size = (*w.size[:axis], size, *w.size[axis + 1 :])
+        part.before = (*w.before[:axis], w.before[axis] + offset, *w.before[axis + 1 :])
+        for outputs, cells in part.taps(axis):
+            if outputs.stop > outputs.start:
+                target = into[_at(at, cells)]
+                if w.stride[axis] >= w.kernel[axis]:  # no cell belongs to two windows
+                    target[...] = share[_at(at, outputs)]
+                else:
+                    target += share[_at(at, outputs)]
+        share = into
+    if share is not dx:
+        dx[...] = share
+
+
+def _max_grad(
+    xp: Any,
+    dy: Array,
+    x: Array,
+    y: Array,
+    dx: Array,
+    w: Windows,
+    rows: tuple[int, int],
+    padded: str,
+) -> None:
+    """Give each output's gradient to the first cell of its window that has its value."""
+    dtype = wide_dtype(dy.dtype.name)
+    first, nd = w.first, len(w.kernel)
+    extent = tuple(n + (k - 1) // s for n, k, s in zip(w.out, w.kernel, w.stride, strict=True))
+    shape = (*x.shape[:first], *extent, *x.shape[first + nd :])
+    inner = (slice(None),) * first + tuple(slice(0, n) for n in w.out)
+    value = _new(xp, "pool value", shape, dtype)
+    grad = _new(xp, "pool grad", shape, dtype)
+    if extent != w.out:
+        value.fill(0)
+        grad.fill(0)
+    value[inner], grad[inner] = y, dy
+    plain = bool(xp.isfinite(grad).all()) and not bool(xp.isnan(value).any())
+    phases = [min(k, s) for k, s in zip(w.kernel, w.stride, strict=True)]
+    cells = _new(xp, "pool cells", (math.prod(phases), *shape), dtype)
+    sums = _new(xp, "pool sums", cells.shape, dtype)
+    cells.fill(0 if padded == "zeros" else -math.inf)
+    sums.fill(0)
+    reads = [w.taps(axis, extent[axis]) for axis in range(nd)]
+    for index, phase in enumerate(itertools.product(*map(range, phases))):
+        ranges = [reads[axis][f] for axis, f in enumerate(phase)]
+        lead = (slice(None),) * first
+        cells[(index, *lead, *(a for a, _ in ranges))] = x[(*lead, *(b for _, b in ranges))]
+    _route(xp, w, phases, shape, value, grad, cells, sums, plain)
+    dx.fill(0)
+    reads[0] = w.rows(0, w.out[0]).taps(0, extent[0])
+    for index, phase in enumerate(itertools.product(*map(range, phases))):
+        ranges = [reads[axis][f] for axis, f in enumerate(phase)]
+        outputs, source = _within(*ranges[0], rows)
+        ranges[0] = outputs, source
+        lead = (slice(None),) * first
+        part = sums[(index, *lead, *(a for a, _ in ranges))]
+        dx[(*lead, *(b for _, b in ranges))] = part
+
+
+def _within(outputs: slice, cells: slice, rows: tuple[int, int]) -> tuple[slice, slice]:
+    """Return the part of a tap that reads ``rows``, with its cells counted from there."""
+    step = cells.step
+    low = max(outputs.start, outputs.start - (cells.start - rows[0]) // step)
+    high = min(outputs.stop, outputs.start + (rows[1] - 1 - cells.start) // step + 1)
+    high = max(low, high)
+    start = cells.start + (low - outputs.start) * step - rows[0]
+    return slice(low, high), slice(start, start + (high - low) * step, step)
+
+
+def _route(
+    xp: Any,
+    w: Windows,
+    phases: list[int],
+    shape: Ints,
+    value: Array,
+    grad: Array,
+    cells: Array,
+    sums: Array,
+    plain: bool,
+) -> None:
+    """Add each output's gradient to the plane of the first cell with its value, tap by tap."""
+    size = math.prod(shape)
+    steps = [math.prod(shape[w.first + axis + 1 :]) for axis in range(len(w.kernel))]
+    value, grad = value.reshape(-1), grad.reshape(-1)
+    cells, sums = cells.reshape(-1, size), sums.reshape(-1, size)
+    free = _new(xp, "pool free", (size,), bool)
+    here = _new(xp, "pool here", (size,), bool)
+    given = _new(xp, "pool given", (size,), grad.dtype)
+    free.fill(True)
+    for tap in itertools.product(*map(range, w.kernel)):
+        plane = 0
+        offset = 0
+        for t, s, count, step in zip(tap, w.stride, phases, steps, strict=True):
+            plane = plane * count + t % s
+            offset += t // s * step
+        length = size - offset
+        met, cell = here[:length], cells[plane, offset:]
+        xp.equal(cell, value[:length], out=met)
+        if not plain:
+            met |= cell != cell  # a NaN is its window's maximum
+        met &= free[:length]
+        free[:length] ^= met
+        part = given[:length]
+        if plain:
+            xp.multiply(grad[:length], met, out=part)
+        else:  # an infinite gradient must not turn to NaN where it does not go
+            part[...] = xp.where(met, grad[:length], grad.dtype.type(0))
+        into = sums[plane, offset:]
+        into += part
+
+
+def _by_blocks(
+    xp: Any, x: Array, w: Windows, rows: int, work: Callable[[slice, tuple[int, int]], None]
+) -> None:
+    """Call ``work`` for every block of images and of ``rows``, on the CPU a worker per core."""
+    if xp is not np:
+        work(slice(0, x.shape[0]), (0, rows))
+        return
+    line = max(1, x.size // x.shape[0] * wide_dtype(x.dtype.name).itemsize // rows)
+    workers = worker_count(8 * x.size)
+
+    def run(_: int, share: tuple[Any, ...]) -> None:
+        for images, part in share:
+            work(slice(*images), part)
+
+    # Overlapping windows are read again at a block's edge: not less than some windows' rows.
+    least = min(rows, 4 * w.kernel[0])
+    run_shares(blocks((x.shape[0], rows), max(least, BLOCK // line), workers), run)
