@@ -23,7 +23,8 @@ import pytest
 
 import gpuconv
 from gpuconv.cli import main
-from gpuconv.training import loop, run
+from gpuconv.training import run
+from gpuconv.training.step import Step
 from tests.commands import COMMON, FAST, command, contents, environment, metrics, without_seconds
 from tests.cuda_on_cpu import compiler_available, stand_in
 from tests.small_images import CLASSES, images, save
@@ -309,22 +310,25 @@ def test_divergence_later_keeps_the_last_good_state(
 ) -> None:
     options = ["train", "--data", data, "-q", "--epochs", "3", *COMMON]
     kept: list[bytes] = []
-    step, save_checkpoint = loop._step, run.Run.save_checkpoint
+    checked, save_checkpoint = Step.checked, run.Run.save_checkpoint
 
-    def poisoned(net: Any, *batch: Any) -> Any:
+    def poisoned(self: Step, *batch: Any) -> Any:
         if len(kept) == 2:
-            net.layers[0].parameters["W"][...] = np.nan
-        return step(net, *batch)
+            self.net.layers[0].parameters["W"][...] = np.nan
+        return checked(self, *batch)
 
     def noting(self: run.Run, folder: Path) -> None:
         save_checkpoint(self, folder)
         kept.append((folder / run.CHECKPOINT).read_bytes())
 
-    monkeypatch.setattr(loop, "_step", poisoned)
+    monkeypatch.setattr(Step, "checked", poisoned)
     monkeypatch.setattr(run.Run, "save_checkpoint", noting)
     assert main([*options, "--out", "a"]) == 1
     said = capsys.readouterr().err
-    assert "the loss is nan at step 1 of epoch 3; the state of the end of epoch 2 is kept" in said
+    assert (
+        "the loss is nan at step 1 of epoch 3; NaN or infinity first appeared in layer 0 (Conv2D "
+        "32 3x3) (W), before step 1 of epoch 3; the state of the end of epoch 2 is kept"
+    ) in said
     assert (here / "a" / run.CHECKPOINT).read_bytes() == kept[1]
     assert [line["epoch"] for line in metrics(here / "a")] == [1, 2]
     assert main(["predict", "a", data, *COMMON]) == 0

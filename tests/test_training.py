@@ -398,6 +398,7 @@ def losses(net: Sequential, steps: int, dtype: str) -> list[float]:
         batch_size=24 // steps,
         augment=shifted,
         on_event=note,
+        interval=1,
     )
     return found
 

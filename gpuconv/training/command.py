@@ -213,9 +213,10 @@ class _Reporter:
                 disable=None,  # where stderr is no terminal
                 dynamic_ncols=True,
             )
-        self._bar.set_postfix_str(
-            f"loss {event.mean_loss:.4f} accuracy {event.mean_accuracy:.4f}", refresh=False
-        )
+        if event.loss is not None:
+            self._bar.set_postfix_str(
+                f"loss {event.mean_loss:.4f} accuracy {event.mean_accuracy:.4f}", refresh=False
+            )
         self._bar.update()
 
     def close(self) -> None:

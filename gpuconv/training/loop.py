@@ -11,22 +11,31 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
 from gpuconv.arguments import integer, real
-from gpuconv.device import asarray, asnumpy
-from gpuconv.losses import CrossEntropy
+from gpuconv.device import Device, asarray, asnumpy
+from gpuconv.layers.base import dtype_name
 from gpuconv.models import Sequential
 from gpuconv.profiling import ranges
 from gpuconv.profiling.ranges import REST, STEP
 from gpuconv.training.data import epoch_order
 from gpuconv.training.evaluation import evaluate
+from gpuconv.training.feeding import Batches, Feeder, feeder_for
+from gpuconv.training.graph import CapturedStep
+from gpuconv.training.precision import Full, Precision, UnderflowError
+from gpuconv.training.step import Step, Tally
+from gpuconv.training.transport import Capture, CudaCapture
+from gpuconv.training.watch import Watch, leaves, origin_in_forward
 
 __all__ = ["DivergedError", "EpochEnd", "EpochRecord", "Event", "Progress", "StepBegin", "StepEnd", "fit"]  # fmt: skip
 
 Array = Any
+
+#: Steps between two readings of loss and accuracy on a GPU.
+INTERVAL = 16
 
 
 class DivergedError(ArithmeticError):
@@ -129,12 +138,23 @@ class StepBegin:
 
 @dataclass(frozen=True)
 class StepEnd:
-    """A step is done; ``loss`` is its own, ``mean_*`` are the epoch's so far."""
+    """A step is done.
+
+    Attributes
+    ----------
+    epoch, step, steps : int
+        Which one, of how many an epoch.
+    loss : float or None
+        Its own; where losses are read once an interval the mean of the interval at its last
+        step, and None before.
+    mean_loss, mean_accuracy : float
+        The epoch's so far, as far as they were read; NaN before.
+    """
 
     epoch: int
     step: int
     steps: int
-    loss: float
+    loss: float | None
     mean_loss: float
     mean_accuracy: float
 
@@ -170,6 +190,9 @@ def fit(
     progress: Progress | None = None,
     on_event: Callable[[Event], object] = _ignore,
     stop: Callable[[], bool] = _never,
+    precision: Precision | None = None,
+    interval: int | None = None,
+    cuda_graph: bool = False,
 ) -> Progress:
     """Train a classifier with cross-entropy.
 
@@ -178,8 +201,8 @@ def fit(
     net : Sequential
         Ends in one output a class, without a softmax; it has its optimizer. Changed in place.
     train, validation : tuple of ndarray
-        Images ``(n, rows, columns, channels)``, scaled, of the dtype to compute in, and
-        integer labels ``(n,)`` from 0. Moved to the network's device, once.
+        Images ``(n, rows, columns, channels)``, scaled, and integer labels ``(n,)`` from 0. What
+        is on the host goes to a GPU a batch at a time, through pinned memory.
     epochs, batch_size : int
         The last batch of an epoch may be smaller.
     seed : int
@@ -193,6 +216,15 @@ def fit(
         Called with each :class:`StepBegin`, :class:`StepEnd` and :class:`EpochEnd`.
     stop : callable
         Asked after each step and each epoch; where it returns True, the call returns.
+    precision : Precision, optional
+        How to compute; see :func:`gpuconv.training.precision.precision_for`. In the images'
+        dtype if not given.
+    interval : int, optional
+        Steps after which loss and accuracy are read, for which the host waits for the device:
+        1 on the CPU and :data:`INTERVAL` on a GPU if not given, and 1 where the learning rate
+        follows the loss. With 1, a step whose loss is not finite does not change the network.
+    cuda_graph : bool
+        Whether to capture the step, on a GPU, and replay it.
 
     Returns
     -------
@@ -204,7 +236,10 @@ def fit(
     TypeError, ValueError
         If images, labels and network do not fit together, or a number is not allowed.
     DivergedError
-        If a loss is not finite; the network is then of no use.
+        If a loss is not finite; the text says in which layer and pass that began. The network is
+        then of no use.
+    OutOfMemory
+        If a step does not fit into the device's memory in any way.
     """
     integer("epochs", epochs, 1)
     integer("batch_size", batch_size, 1)
@@ -212,87 +247,205 @@ def fit(
     x, y = train
     _check("train", x, y)
     _check("validation", *validation)
+    how = Full(dtype_name(x.dtype)) if precision is None else precision
     # A network that does not fit the images says so here; the layers settle their device.
-    out = net.build((1, *x.shape[1:]), x.dtype.name)
+    out = net.build((1, *x.shape[1:]), how.dtype)
     for name, labels in (("train", y), ("validation", validation[1])):
         if int(labels.max()) >= out[-1]:
             raise ValueError(
                 f"{name}: labels hold {int(labels.max())}; expected classes 0 to {out[-1] - 1}, "
                 "the network's outputs"
             )
-    ranges.name_layers(net.layers)
     place = net.layers[0].device
-    x, y = asarray(x, place), asarray(y, place)
-    held_x, held_y = asarray(validation[0], place), asnumpy(validation[1])
-    steps = math.ceil(len(x) / batch_size)
+    assert place is not None
+    if cuda_graph and place.kind == "cpu":
+        raise ValueError("cuda_graph is True; expected False, as the network is on the CPU")
+    run = _Run(
+        net, how, feeder_for(x, y, place), augment, seed, batch_size, len(x),
+        _interval(net, interval, place, cuda_graph), on_event,
+        CudaCapture(place) if cuda_graph else None,
+    )  # fmt: skip
+    ranges.name_layers(net.layers)
+    held_x = how.images(asarray(validation[0], place))
     now = Progress() if progress is None else progress
-    if now.step >= steps:
-        raise ValueError(f"progress is at step {now.step}; expected less than {steps}, an epoch's")
-    while now.epoch < epochs and not stop():
-        order = epoch_order(len(x), seed, now.epoch)
-        while now.step < steps:
-            on_event(StepBegin(now.epoch + 1, now.step + 1))
-            begin = time.perf_counter()
-            with ranges.part(STEP, REST):
-                with ranges.part(STEP, "batch"):
-                    chosen = asarray(order[now.step * batch_size :][:batch_size], place)
-                    images, labels = x[chosen], y[chosen]
-                if augment is not None:
-                    with ranges.part(STEP, "augment"):
-                        images = augment(images, now.epoch, now.step)
-                with np.errstate(over="ignore", invalid="ignore"):  # said below, once
-                    loss, correct = _step(net, images, labels)
-            if not math.isfinite(loss):
-                raise DivergedError(
-                    f"the loss is {loss} at step {now.step + 1} of epoch {now.epoch + 1}"
-                )
-            now.step += 1
-            now.loss_sum += loss * len(chosen)
-            now.correct += correct
-            now.seen += len(chosen)
-            now.seconds += time.perf_counter() - begin
-            on_event(
-                StepEnd(
-                    now.epoch + 1, now.step, steps, loss,
-                    now.loss_sum / now.seen, now.correct / now.seen,
-                )
-            )  # fmt: skip
-            if now.step < steps and stop():
-                return now
-        begin = time.perf_counter()
-        with np.errstate(over="ignore", invalid="ignore"):
-            held = evaluate(net, held_x, held_y)
-        if not math.isfinite(held.loss):
-            raise DivergedError(f"the validation loss is {held.loss} after epoch {now.epoch + 1}")
-        record = EpochRecord(
-            epoch=now.epoch + 1,
-            train_loss=now.loss_sum / now.seen,
-            train_accuracy=now.correct / now.seen,
-            validation_loss=held.loss,
-            validation_accuracy=held.accuracy,
-            seconds=now.seconds + time.perf_counter() - begin,
+    if now.step >= run.steps:
+        raise ValueError(
+            f"progress is at step {now.step}; expected less than {run.steps}, an epoch's"
         )
-        now.history.append(record)
-        now.epoch += 1
-        now.step, now.loss_sum, now.correct, now.seen, now.seconds = 0, 0.0, 0, 0, 0.0
-        on_event(EpochEnd(record, now))
+    while now.epoch < epochs and not stop():
+        if not run.epoch(now, stop):
+            return now
+        _finish_epoch(net, held_x, asnumpy(validation[1]), now, on_event)
     return now
 
 
-def _step(net: Sequential, images: Array, labels: Array) -> tuple[float, int]:
-    """Take one step; return the loss before it and how many images were classified rightly.
+def _interval(net: Sequential, wanted: int | None, place: Device, cuda_graph: bool) -> int:
+    """Return the steps between two readings of the loss."""
+    if wanted is not None:
+        integer("interval", wanted, 1)
+    follows = any(layer.optimizer.lr_scheduler.needs_loss for layer in leaves(net.layers))
+    if follows:
+        if cuda_graph:
+            raise ValueError("cuda_graph is True; the learning rate follows the loss of each step")
+        return 1
+    if wanted is None:
+        return 1 if place.kind == "cpu" else INTERVAL
+    return wanted
 
-    Where the loss is not finite, the parameters are left as they are.
-    """
-    logits = net.forward(images, retain_derived=True)
-    with ranges.part(STEP, "loss"):
-        loss, gradient = CrossEntropy().from_logits(labels, logits)
-        value = float(loss)
-        correct = int((logits.argmax(axis=1) == labels).sum())
-    if math.isfinite(value):
-        net.backward(gradient, input_grad=False)
-        net.update(value)
-    return value, correct
+
+class _Run:
+    """What the steps of a call of :func:`fit` share."""
+
+    def __init__(
+        self,
+        net: Sequential,
+        precision: Precision,
+        feeder: Feeder,
+        augment: Callable[[Array, int, int], Array] | None,
+        seed: int,
+        size: int,
+        count: int,
+        interval: int,
+        on_event: Callable[[Event], object],
+        capture: Capture | None,
+    ) -> None:
+        self._feeder, self._augment, self._on_event = feeder, augment, on_event
+        self._seed, self._size, self._count, self._interval = seed, size, count, interval
+        self.steps = math.ceil(count / size)
+        self._step = Step(net, precision)
+        # A captured step's loss is looked at after its update, as those of longer intervals.
+        self._captured = None if capture is None else CapturedStep(self._step, capture)
+        late = interval > 1 or capture is not None
+        self._checked = not late
+        self._watch = Watch(net, interval if not late else max(2, interval), capture is not None)
+        self._tally = Tally()
+
+    def epoch(self, now: Progress, stop: Callable[[], bool]) -> bool:
+        """Take the rest of an epoch's steps; return False where ``stop`` ended it."""
+        order = epoch_order(self._count, self._seed, now.epoch)
+        batches = self._feeder.batches(order, self._size, now.step)
+        try:
+            while now.step < self.steps:
+                self._on_event(StepBegin(now.epoch + 1, now.step + 1))
+                begin = time.perf_counter()
+                if self._tally.steps == 0:
+                    self._watch.keep(now.epoch, now.step)
+                with ranges.part(STEP, REST):
+                    loss = self._take(batches, order, now)
+                now.seconds += time.perf_counter() - begin
+                self._on_event(
+                    StepEnd(
+                        now.epoch + 1, now.step, self.steps, loss,
+                        now.loss_sum / now.seen if now.seen else math.nan,
+                        now.correct / now.seen if now.seen else math.nan,
+                    )
+                )  # fmt: skip
+                if now.step < self.steps and stop():
+                    self._read(order, now)
+                    return False
+        finally:
+            batches.close()
+        return True
+
+    def _take(self, batches: Batches, order: Array, now: Progress) -> float | None:
+        """Take a step; return its loss, or the mean since the last reading, or None."""
+        with ranges.part(STEP, "batch"):
+            images, labels = next(batches)
+        images = self._augmented(images, now.epoch, now.step)
+        size = len(labels)
+        if self._checked:
+            with np.errstate(over="ignore", invalid="ignore"):  # said below, once
+                loss, correct = self._try(lambda: self._step.checked(images, labels), now)
+            if not math.isfinite(loss):
+                self._diverged(loss, order, now)
+            now.step += 1
+            now.loss_sum += loss * size
+            now.correct += correct
+            now.seen += size
+            return float(loss)
+        take = self._step if self._captured is None else self._captured
+        with np.errstate(over="ignore", invalid="ignore"):
+            found, right = self._try(lambda: take(images, labels), now)
+            self._tally.add(found, right, size)
+        now.step += 1
+        if now.step % self._interval == 0 or now.step == self.steps:
+            return self._read(order, now)
+        return None
+
+    def _augmented(self, images: Array, epoch: int, step: int) -> Array:
+        if self._augment is None:
+            return images
+        with ranges.part(STEP, "augment"):
+            changed: Array = self._augment(images, epoch, step)
+            return changed
+
+    def _try(self, call: Callable[[], Any], now: Progress) -> Any:
+        try:
+            return call()
+        except UnderflowError as error:
+            raise DivergedError(
+                f"{error}, at step {now.step + 1} of epoch {now.epoch + 1}"
+            ) from None
+
+    def _read(self, order: Array, now: Progress) -> float | None:
+        """Read the tally, if there is anything in it: here the host waits for the device."""
+        if self._tally.steps == 0:
+            return None
+        with ranges.part(STEP, "read"):
+            loss_sum, correct, images = self._tally.read()
+        loss = loss_sum / images
+        if not math.isfinite(loss):
+            now.step -= 1
+            self._diverged(loss, order, now)
+        now.loss_sum += loss_sum
+        now.correct += correct
+        now.seen += images
+        return loss
+
+    def _diverged(self, loss: float, order: Array, now: Progress) -> NoReturn:
+        """Say where the bad loss began."""
+
+        def fetch(epoch: int, step: int) -> tuple[Array, Array]:
+            mine = order if epoch == now.epoch else epoch_order(self._count, self._seed, epoch)
+            images, labels = self._feeder.fetch(mine, self._size, step)
+            images = self._augmented(images, epoch, step)
+            return self._step.precision.images(images), labels
+
+        scaled = self._step.precision.scaled
+        with np.errstate(over="ignore", invalid="ignore"):
+            origin = self._watch.origin(fetch, now.epoch, now.step, not scaled)
+        raise DivergedError(
+            f"the loss is {loss} at step {now.step + 1} of epoch {now.epoch + 1}; NaN or infinity "
+            f"first appeared in {origin}"
+        )
+
+
+def _finish_epoch(
+    net: Sequential, x: Array, y: Array, now: Progress, on_event: Callable[[Event], object]
+) -> None:
+    """Validate, and put the epoch into the history."""
+    begin = time.perf_counter()
+    with np.errstate(over="ignore", invalid="ignore"):
+        held = evaluate(net, x, y)
+        if not math.isfinite(held.loss):
+            origin = origin_in_forward(net, x)
+            where = origin if isinstance(origin, str) else "the loss"
+            raise DivergedError(
+                f"the validation loss is {held.loss} after epoch {now.epoch + 1}; NaN or infinity "
+                f"first appeared in {where}"
+            )
+    record = EpochRecord(
+        epoch=now.epoch + 1,
+        train_loss=now.loss_sum / now.seen,
+        train_accuracy=now.correct / now.seen,
+        validation_loss=held.loss,
+        validation_accuracy=held.accuracy,
+        seconds=now.seconds + time.perf_counter() - begin,
+    )
+    now.history.append(record)
+    now.epoch += 1
+    now.step, now.loss_sum, now.correct, now.seen, now.seconds = 0, 0.0, 0, 0, 0.0
+    on_event(EpochEnd(record, now))
 
 
 def _check(name: str, images: Array, labels: Array) -> None:

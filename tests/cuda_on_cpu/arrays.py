@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-__all__ = ["Home", "Memory", "function", "home", "ndarray", "unwrap", "wrap"]
+__all__ = ["Home", "Memory", "OutOfMemoryError", "function", "home", "ndarray", "unwrap", "wrap"]
 
 _KINDS = "biufc"  # what CuPy has dtypes for, and bfloat16
 
@@ -28,12 +28,40 @@ def _known(dtype: np.dtype) -> bool:
     return dtype.kind in _KINDS or dtype.name == "bfloat16"
 
 
+class OutOfMemoryError(MemoryError):
+    """``cupy.cuda.memory.OutOfMemoryError``."""
+
+
 class Home:
-    """Where new arrays are made: the mode of the stand-in and the current device."""
+    """Where new arrays are made: the mode of the stand-in and the current device.
+
+    Attributes
+    ----------
+    limit : int or None
+        Bytes of a device's memory; None for as many as there are.
+    used, peak : int
+        Bytes of the arrays there are, and the most there were.
+    refused : list of int
+        Bytes of the arrays for which there was no room.
+    """
 
     def __init__(self, mode: str = "fast", devices: int = 1) -> None:
         self.mode, self.devices = mode, devices
+        self.limit: int | None = None
+        self.used = self.peak = 0
+        self.refused: list[int] = []
         self._here = threading.local()
+
+    def take(self, size: int) -> None:
+        """Take memory for an array."""
+        if self.limit is not None and self.used + size > self.limit:
+            self.refused.append(size)
+            raise OutOfMemoryError(
+                f"Out of memory allocating {size:,} bytes (allocated so far: {self.used:,} bytes, "
+                f"limit set to: {self.limit:,} bytes)."
+            )
+        self.used += size
+        self.peak = max(self.peak, self.used)
 
     @property
     def device(self) -> int:
@@ -71,7 +99,9 @@ class Memory:
         return 0 if mode == "asan" else cls.GUARD
 
     def __init__(self, size: int) -> None:
-        self.size = size
+        self._home: Home | None = None
+        home().take(size)
+        self.size, self._home = size, home()
         if home().mode == "asan":
             self.bytes = _sanitized(size)
             self.start = self.bytes.ctypes.data
@@ -81,6 +111,10 @@ class Memory:
             self.start = first
             offset = first - room.ctypes.data
             self.bytes = room[offset : offset + size]
+
+    def __del__(self) -> None:
+        if self._home is not None:
+            self._home.used -= self.size
 
     def holds(self, a: np.ndarray) -> bool:
         """Return whether an array lies in here."""

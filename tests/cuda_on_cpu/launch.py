@@ -95,6 +95,7 @@ class Settings:
         self.launches: list[
             tuple[str, tuple[int, ...], tuple[int, ...]]
         ] = []  # kernel, grid, block
+        self.freed = 0  # how often the memory pools were freed
         self._numbers = itertools.count(seed * 1_000_003 + 1)
 
     def next_seed(self) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.cuda_on_cpu.arrays import Home, function, ndarray, unwrap, wrap
+from tests.cuda_on_cpu.arrays import Home, OutOfMemoryError, function, ndarray, unwrap, wrap
 from tests.cuda_on_cpu.launch import CUDADriverError, RawModule, Settings
 
 __all__ = ["Module"]
@@ -175,10 +175,17 @@ class Module(Namespace):
         return self if any(isinstance(a, ndarray) for a in args) else np
 
     def get_default_memory_pool(self) -> Any:
-        """Return a memory pool that holds nothing back."""
+        """Return a memory pool that holds nothing back, and counts how often it is freed."""
         return types.SimpleNamespace(
-            used_bytes=lambda: 0, total_bytes=lambda: 0, free_all_blocks=lambda: None
+            used_bytes=lambda: self._home.used,
+            total_bytes=lambda: self._home.used,
+            free_all_blocks=self._freed,
         )
+
+    get_default_pinned_memory_pool = get_default_memory_pool
+
+    def _freed(self) -> None:
+        self.settings.freed += 1
 
     def is_available(self) -> bool:
         """Return True: there is a device."""
@@ -200,6 +207,9 @@ class Cuda:
     class driver:
         CUDADriverError = CUDADriverError
 
+    class memory:
+        OutOfMemoryError = OutOfMemoryError
+
     class nvrtc:
         @staticmethod
         def getVersion() -> tuple[int, int]:
@@ -216,6 +226,11 @@ class Cuda:
     def get_current_stream(self, device_id: int | None = None) -> Stream:
         """Return the stream that a ``with`` block chose, or the null stream."""
         return self._stream
+
+    @staticmethod
+    def alloc_pinned_memory(size: int) -> bytearray:
+        """Return memory of the host's: here all of it can be read by kernels."""
+        return bytearray(size)
 
     @staticmethod
     def get_elapsed_time(start: Event, end: Event) -> float:
