@@ -42,7 +42,7 @@ def _pieces(rows: int, columns: int) -> list[list[Piece]]:
     if rest:
         work = work or [[]]
         work[-1].append((lines * width, 1, rest * columns))
-    return work
+    return work or [[]]
 
 
 def _view(flat: Array, piece: Piece) -> Array:
@@ -137,9 +137,9 @@ def column_statistics(x: Array) -> tuple[Array, Array]:
         variance = squares / rows - mean * mean
         if not (mean * mean <= FAR * FAR * variance).all():
             near = mean.astype(dtype)
-            rest, squares = _moments(flat, work, columns, near)
-            mean = near + rest / rows
-            variance = squares / rows - (rest / rows) ** 2
+            sums, squares = _moments(flat, work, columns, near)
+            mean = near + sums / rows
+            variance = squares / rows - (sums / rows) ** 2
         return mean, np.maximum(variance, 0)
 
 
@@ -163,8 +163,12 @@ def _moments(
     return sum(a.result() for a, _ in found), sum(b.result() for _, b in found)
 
 
-def _is_far(mean: Array, inverse: Array) -> bool:
-    return not bool((np.abs(mean) * inverse <= FAR).all())
+def _split(mean: Array, inverse: Array, dtype: Any) -> tuple[Array | None, Array]:
+    """Return what to subtract from the values first, if anything, and what is left of the mean."""
+    if (np.abs(mean) * inverse <= FAR).all():
+        return None, mean
+    near = mean.astype(dtype)
+    return near, mean - near
 
 
 def normalized_columns(
@@ -178,10 +182,9 @@ def normalized_columns(
     flat, out = _flat(x, dtype), np.empty(x.size, dtype)
     with np.errstate(all="ignore"):
         slope = np.asarray(scaler, np.float64) * inverse
-        far = _is_far(mean, inverse)
-        factors = _Tiles(slope, dtype)
-        offsets = _Tiles(intercept if far else intercept - slope * mean, dtype)
-        means = _Tiles(mean, dtype) if far else None
+        near, rest = _split(mean, inverse, dtype)
+        factors, offsets = _Tiles(slope, dtype), _Tiles(intercept - slope * rest, dtype)
+        means = None if near is None else _Tiles(near, dtype)
 
     def run(_: int, share: list[Piece]) -> None:
         for piece in share:
@@ -230,15 +233,15 @@ def columns_grad(
     flat, grad = _flat(x, dtype), _flat(dy, dtype)
     work = tuple(_pieces(rows, columns))
     with np.errstate(all="ignore"):
-        far = _is_far(mean, inverse)
-        means = _Tiles(mean, dtype) if far else None
+        near, rest = _split(mean, inverse, dtype)
+        means = None if near is None else _Tiles(near, dtype)
         dscaler, dintercept = _gradient_sums(grad, flat, work, columns, means)
-        dscaler = (dscaler if far else dscaler - mean * dintercept) * inverse
+        dscaler = (dscaler - rest * dintercept) * inverse
         if not needs_x:
             return None, dscaler, dintercept
         slope = np.asarray(scaler, np.float64) * inverse
         bend = -inverse * dscaler / max(rows, 1)
-        level = -dintercept / max(rows, 1) - (0 if far else bend * mean)
+        level = -dintercept / max(rows, 1) - bend * rest
         slopes, bends, levels = (_Tiles(v, dtype) for v in (slope, bend, level))
     out = np.empty(x.size, dtype)
 
@@ -308,7 +311,7 @@ def rows_forward(x: Array, scaler: Array, intercept: Array, epsilon: float) -> t
         centred = x - mean
         inverse = 1 / xp.sqrt(xp.square(centred).mean(axis=1, keepdims=True) + epsilon)
         return (centred * inverse * scaler + intercept).astype(x.dtype, copy=False), (mean, inverse)
-    x = np.ascontiguousarray(x, dtype)
+    kind, x = x.dtype, np.ascontiguousarray(x, dtype)
     scaler, intercept = scaler.astype(dtype, copy=False), intercept.astype(dtype, copy=False)
     y = np.empty(x.shape, dtype)
     mean, inverse = np.empty((rows, 1), dtype), np.empty((rows, 1), dtype)
@@ -326,7 +329,7 @@ def rows_forward(x: Array, scaler: Array, intercept: Array, epsilon: float) -> t
         np.add(target, intercept, out=target)
 
     _over_rows(rows, columns, lambda _, part: run(part))
-    return y.astype(np.result_type(intercept, y), copy=False), (mean, inverse)
+    return y.astype(kind, copy=False), (mean, inverse)
 
 
 def rows_grad(

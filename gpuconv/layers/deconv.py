@@ -162,9 +162,8 @@ class Deconv2D(LayerBase):
     def _forward(self, X: Array, retain: bool) -> Array:
         weights, options = self._transposed(X.shape)
         # Of the convolution's input the shape alone matters: one value stands for all.
-        like = namespace(X).broadcast_to(X.reshape(-1)[:1], self.output_shape(tuple(X.shape)))
-        if X.size == 0:
-            like = namespace(X).zeros(self.output_shape(tuple(X.shape)), X.dtype)
+        xp, shape = namespace(X), self.output_shape(tuple(X.shape))
+        like = xp.broadcast_to(X.reshape(-1)[:1], shape) if X.size else xp.zeros(shape, X.dtype)
         Z, _, _ = F.conv2d_backward(X, like, weights, needs=("x",), **options)
         Z += self.parameters["b"]
         Y = Z if isinstance(self.act_fn, Identity) else self.act_fn.fn(Z)

@@ -62,9 +62,10 @@ class _SkipConnection(ModuleBase):
 
     def _main(self, X: Array, retain: bool) -> Array:
         """Return the result of the way through the convolutions."""
+        self.conv1._checked("X", X, self.conv1.device or self._wanted_device)
+        self.output_shape(tuple(X.shape))
+        self._complete(tuple(X.shape))
         first = self.conv1.forward(X, retain)
-        if not self.in_ch or not hasattr(self, "conv2"):
-            self._complete(tuple(X.shape))
         outs = {"conv1_out": first}
         outs["batchnorm1_out"] = self.batchnorm1.forward(first, retain)
         outs["conv2_out"] = self.conv2.forward(outs["batchnorm1_out"], retain)
@@ -79,9 +80,13 @@ class _SkipConnection(ModuleBase):
         d_bn1 = self._through(self.conv2, d_conv2, retain)
         d_conv1 = self._through(self.batchnorm1, d_bn1, retain)
         dX: list[Any] = self._through(self.conv1, d_conv1, retain, wanted)
-        for name, found in (("Bn2", dLdy), ("Conv2", d_conv2), ("Bn1", d_bn1), ("Conv1", d_conv1)):
-            self._dv[f"dLd{name}"] = found[0] if len(found) == 1 else found
+        self._keep(Bn2=dLdy, Conv2=d_conv2, Bn1=d_bn1, Conv1=d_conv1)
         return dX
+
+    def _keep(self, **gradients: list[Any]) -> None:
+        """Put gradients among the derived variables, under numpy-ml's names."""
+        for name, found in gradients.items():
+            self._dv[f"dLd{name}"] = found[0] if len(found) == 1 else found
 
 
 class SkipConnectionIdentityModule(_SkipConnection):
@@ -156,7 +161,8 @@ class SkipConnectionIdentityModule(_SkipConnection):
 
     def _complete(self, shape: Shape) -> None:
         super()._complete(shape)
-        self.conv2 = self._conv(shape[3], self.kernel_shape2, "same", self.stride2, LINEAR)
+        if not hasattr(self, "conv2"):
+            self.conv2 = self._conv(shape[3], self.kernel_shape2, "same", self.stride2, LINEAR)
 
     def _own_hyperparameters(self) -> dict[str, Any]:
         return {
@@ -181,8 +187,7 @@ class SkipConnectionIdentityModule(_SkipConnection):
     def build(self, shape: Sequence[int], dtype: str = "float32") -> Shape:
         """Draw all parameters for an input of ``shape``."""
         inner = self.conv1.build(shape, dtype)
-        if not hasattr(self, "conv2"):
-            self._complete(tuple(shape))
+        self._complete(tuple(shape))
         self.batchnorm1.build(inner, dtype)
         out = self.batchnorm2.build(self.conv2.build(inner, dtype), dtype)
         return self.add3.build(out, dtype)
@@ -196,7 +201,9 @@ class SkipConnectionIdentityModule(_SkipConnection):
         through = self._main_grad([p[1] for p in pairs], retain_grads, input_grad)
         if not input_grad:
             return [None] * len(pairs)
-        return [around + dX for (around, _), dX in zip(pairs, through, strict=True)]
+        total = [around + dX for (around, _), dX in zip(pairs, through, strict=True)]
+        self._keep(Add3_X=total)
+        return total
 
 
 class SkipConnectionConvModule(_SkipConnection):
@@ -289,13 +296,15 @@ class SkipConnectionConvModule(_SkipConnection):
 
     def _complete(self, shape: Shape) -> None:
         super()._complete(shape)
-        if hasattr(self, "conv_skip"):
-            return
+        if not hasattr(self, "conv_skip"):
+            pad = self._skip_pads(shape)
+            self.conv_skip = self._conv(
+                self.out_ch2, self.kernel_shape_skip, pad, self.stride_skip, LINEAR
+            )
+
+    def _skip_pads(self, shape: Shape) -> tuple[int, ...]:
         out = self.conv2.output_shape(self.conv1.output_shape(shape))
-        pad = _pads_between(shape[1:3], out[1:3], self.kernel_shape_skip, self.stride_skip)
-        self.conv_skip = self._conv(
-            self.out_ch2, self.kernel_shape_skip, pad, self.stride_skip, LINEAR
-        )
+        return _pads_between(shape[1:3], out[1:3], self.kernel_shape_skip, self.stride_skip)
 
     def _own_hyperparameters(self) -> dict[str, Any]:
         return {
@@ -319,7 +328,15 @@ class SkipConnectionConvModule(_SkipConnection):
 
     def output_shape(self, shape: Shape) -> Shape:
         """Return the shape of the result for an input of ``shape``."""
-        return self.conv2.output_shape(self.conv1.output_shape(shape))
+        out = self.conv2.output_shape(self.conv1.output_shape(shape))
+        around = self.conv_skip.output_shape(shape)[1:3] if hasattr(self, "conv_skip") else out[1:3]
+        if around != out[1:3]:
+            raise ValueError(
+                f"X has shape {shape}; expected one for which pad_skip, {self.pad_skip}, gives "
+                f"conv_skip {out[1:3]} cells, as the other convolutions have"
+            )
+        self._skip_pads(shape)  # raises where there are none
+        return out
 
     def build(self, shape: Sequence[int], dtype: str = "float32") -> Shape:
         """Draw all parameters for an input of ``shape``."""
@@ -345,7 +362,9 @@ class SkipConnectionConvModule(_SkipConnection):
         through = self._main_grad([p[1] for p in pairs], retain_grads, input_grad)
         if not input_grad:
             return [None] * len(pairs)
-        return [a + b for a, b in zip(around, through, strict=True)]
+        total = [a + b for a, b in zip(around, through, strict=True)]
+        self._keep(Add3_X=total, BnSkip=[p[0] for p in pairs], ConvSkip=d_skip)
+        return total
 
 
 def _pads_between(size: Shape, wanted: Shape, kernel: Shape, stride: Any) -> tuple[int, ...]:
