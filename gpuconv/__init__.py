@@ -3,6 +3,7 @@
 from gpuconv._version import __version__
 from gpuconv.device import Device, DeviceError, asarray, asnumpy, device, use_device
 from gpuconv.dispatch import EngineError, engine, engines
+from gpuconv.engines.rates import calibrate
 from gpuconv.functional import (
     conv1d,
     conv1d_backward,
@@ -21,6 +22,20 @@ from gpuconv.functional import (
     conv_transpose3d_backward,
     explain,
 )
+from gpuconv.pooling import (
+    avg_pool1d,
+    avg_pool1d_backward,
+    avg_pool2d,
+    avg_pool2d_backward,
+    avg_pool3d,
+    avg_pool3d_backward,
+    max_pool1d,
+    max_pool1d_backward,
+    max_pool2d,
+    max_pool2d_backward,
+    max_pool3d,
+    max_pool3d_backward,
+)
 from gpuconv.problem import ConvProblem
 from gpuconv.settings import (
     deterministic,
@@ -31,6 +46,7 @@ from gpuconv.settings import (
     set_precision,
     set_workspace_limit,
 )
+from gpuconv.tuning import autotune
 
 __all__ = [
     "ConvProblem",
@@ -40,6 +56,14 @@ __all__ = [
     "__version__",
     "asarray",
     "asnumpy",
+    "autotune",
+    "avg_pool1d",
+    "avg_pool1d_backward",
+    "avg_pool2d",
+    "avg_pool2d_backward",
+    "avg_pool3d",
+    "avg_pool3d_backward",
+    "calibrate",
     "conv1d",
     "conv1d_backward",
     "conv1d_jvp",
@@ -63,6 +87,12 @@ __all__ = [
     "get_num_threads",
     "get_precision",
     "get_workspace_limit",
+    "max_pool1d",
+    "max_pool1d_backward",
+    "max_pool2d",
+    "max_pool2d_backward",
+    "max_pool3d",
+    "max_pool3d_backward",
     "set_num_threads",
     "set_precision",
     "set_workspace_limit",

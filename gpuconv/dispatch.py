@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 
-from gpuconv import settings
+from gpuconv import settings, tuning
 from gpuconv.device import probe
 from gpuconv.engines.base import PASSES, Engine, Pass
 from gpuconv.problem import ConvProblem
@@ -164,12 +165,15 @@ class Candidate:
         Predicted time; NaN where it is no candidate.
     workspace : int
         Bytes beyond inputs and outputs; 0 where it is no candidate.
+    tuned : float
+        Measured time, see :func:`gpuconv.autotune`; NaN where it was not measured.
     """
 
     engine: str
     reason: str
     seconds: float
     workspace: int
+    tuned: float = float("nan")
 
 
 @dataclass(frozen=True)
@@ -192,8 +196,9 @@ class Explanation:
                     lines.append(f"  {mark} {c.engine:16} no: {c.reason}")
                 else:
                     rate = self.problem.flops / c.seconds / 1e9
+                    tuned = "" if math.isnan(c.tuned) else f" {c.tuned * 1e3:10.4f} ms measured"
                     lines.append(
-                        f"  {mark} {c.engine:16} {c.seconds * 1e3:10.4f} ms predicted"
+                        f"  {mark} {c.engine:16} {c.seconds * 1e3:10.4f} ms predicted{tuned}"
                         f" {rate:9.1f} GFLOP/s {c.workspace / 2**20:8.2f} MiB workspace"
                     )
         return "\n".join(lines)
@@ -201,13 +206,15 @@ class Explanation:
 
 def candidates(problem: ConvProblem, pass_: Pass, device_kind: str) -> list[Candidate]:
     """Return every engine with its prediction or the reason why it is no candidate."""
+    measured = tuning.known(problem, pass_, device_kind)
     found = []
     for name in _REGISTRY:
         reason = _why_not(name, problem, pass_, device_kind)
         if reason is None:
             made = get_engine(name)
             seconds, workspace = made.cost(problem, pass_), made.workspace(problem, pass_)
-            found.append(Candidate(name, "", seconds, workspace))
+            tuned = measured.get(name, float("nan"))
+            found.append(Candidate(name, "", seconds, workspace, tuned))
         else:
             found.append(Candidate(name, reason, float("nan"), 0))
     return found
@@ -240,18 +247,24 @@ def _choose(
     if not usable:
         reasons = "; ".join(f"{c.engine}: {c.reason}" for c in found)
         raise EngineError(f"no engine can compute {pass_} of {problem}: {reasons}")
+    if tuning.is_on() and len(usable) > 1 and all(math.isnan(c.tuned) for c in usable):
+        predicted = {c.engine: c.seconds for c in usable}
+        times = tuning.measure(problem, pass_, device_kind, predicted, get_engine)
+        return get_engine(min(times, key=lambda name: times[name]))
+    tuned = [c for c in usable if not math.isnan(c.tuned)]
+    if tuned:
+        return get_engine(min(tuned, key=lambda c: c.tuned).engine)
     return get_engine(min(usable, key=lambda c: c.seconds).engine)
 
 
 def explain(problem: ConvProblem, device_kind: str) -> Explanation:
     """Return the candidates of every pass, their predictions, and the choice."""
-    return Explanation(
-        problem,
-        device_kind,
-        _forced.get(),
-        {p: candidates(problem, p, device_kind) for p in PASSES},
-        {p: choose(problem, p, device_kind).name for p in PASSES},
-    )
+    # Gradients are computed in front of the activation.
+    plain = problem if problem.activation is None else replace(problem, activation=None)
+    of = {p: problem if p == "forward" else plain for p in PASSES}
+    choice = {p: choose(of[p], p, device_kind).name for p in PASSES}
+    found = {p: candidates(of[p], p, device_kind) for p in PASSES}
+    return Explanation(problem, device_kind, _forced.get(), found, choice)
 
 
 def clear() -> None:

@@ -24,7 +24,8 @@ _num_threads: int | None = None
 generation = 0
 
 
-def _changed() -> None:
+def changed() -> None:
+    """Count a change, after which choices are made anew."""
     global generation
     generation += 1
 
@@ -46,7 +47,7 @@ def set_workspace_limit(limit: int) -> None:
     if limit < 2**20:
         raise ValueError(f"limit is {limit} bytes; expected at least {2**20} (1 MiB)")
     _workspace_limit = int(limit)
-    _changed()
+    changed()
 
 
 def get_workspace_limit() -> int:
@@ -67,7 +68,7 @@ class deterministic:
             raise TypeError(f"on is {on!r}; expected True or False")
         self._previous = _deterministic
         _deterministic = on
-        _changed()
+        changed()
 
     def __enter__(self) -> None:
         return None
@@ -80,7 +81,7 @@ class deterministic:
     ) -> None:
         global _deterministic
         _deterministic = self._previous
-        _changed()
+        changed()
 
 
 def is_deterministic() -> bool:
@@ -107,7 +108,7 @@ def set_precision(precision: str) -> None:
     if precision not in ("default", "strict", "tf32"):
         raise ValueError(f"precision is {precision!r}; expected 'default', 'strict' or 'tf32'")
     _precision = precision
-    _changed()
+    changed()
 
 
 def get_precision() -> str:
@@ -131,7 +132,7 @@ def set_num_threads(count: int | None) -> None:
             raise ValueError(f"count is {count}; expected a positive integer or None")
         count = int(count)
     _num_threads = count
-    _changed()
+    changed()
 
 
 def _cores() -> int:

@@ -1,10 +1,18 @@
-"""What is reported beside the results of the tests."""
+"""Where the tests keep what they measure, and what is reported beside their results."""
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections import defaultdict
+from pathlib import Path
 
 import pytest
+
+# Not the user's own: a tuned choice there would decide what the tests run.
+os.environ["GPUCONV_CACHE_DIR"] = str(
+    Path(tempfile.gettempdir()) / f"gpuconv-tests-{getattr(os, 'getuid', lambda: 0)()}"
+)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

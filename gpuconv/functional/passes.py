@@ -58,17 +58,16 @@ def conv(
     out: Array | None,
 ) -> Array:
     """Return ``act(conv(x, w) + b)``; the arguments are those of :func:`gpuconv.conv2d`."""
-    if _plain(x, w, b):
-        where: Device | None = CPU
-    else:
-        where = check_arrays({"x": x, "w": w, "b": b})
-        if where is None:
-            return dlpack.call(
-                lambda x, w, b, out: conv(
-                    nd, x, w, b, stride, padding, dilation, groups, layout, activation, out
-                ),
-                {"x": x, "w": w, "b": b, "out": out},
-            )
+    usual = _plain(x, w, b)
+    where = CPU if usual else check_arrays({"x": x, "w": w, "b": b})
+    if where is None:
+        return dlpack.call(
+            lambda x, w, b, out: conv(
+                nd, x, w, b, stride, padding, dilation, groups, layout, activation, out
+            ),
+            {"x": x, "w": w, "b": b, "out": out},
+        )
+    if not usual:
         x, w, b = native(x), native(w), None if b is None else native(b)
     plan = make_plan(
         nd,
@@ -122,17 +121,16 @@ def conv_backward(
     needs: Iterable[str],
 ) -> tuple[Array | None, Array | None, Array | None]:
     """Return the gradients; the arguments are those of :func:`gpuconv.conv2d_backward`."""
-    if _plain(x, w, y) and _plain(dy, w, None):
-        where: Device | None = CPU
-    else:
-        where = check_arrays({"dy": dy, "x": x, "w": w, "y": y})
-        if where is None:
-            return dlpack.call(  # type: ignore[no-any-return]
-                lambda dy, x, w, y: conv_backward(
-                    nd, dy, x, w, y, activation, stride, padding, dilation, groups, layout, needs
-                ),
-                {"dy": dy, "x": x, "w": w, "y": y},
-            )
+    usual = _plain(x, w, y) and _plain(dy, w, None)
+    where = CPU if usual else check_arrays({"dy": dy, "x": x, "w": w, "y": y})
+    if where is None:
+        return dlpack.call(  # type: ignore[no-any-return]
+            lambda dy, x, w, y: conv_backward(
+                nd, dy, x, w, y, activation, stride, padding, dilation, groups, layout, needs
+            ),
+            {"dy": dy, "x": x, "w": w, "y": y},
+        )
+    if not usual:
         dy, x, w, y = native(dy), native(x), native(w), None if y is None else native(y)
     act = activation_argument(activation)
     plan = make_plan(
