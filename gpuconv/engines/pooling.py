@@ -31,7 +31,7 @@ Array = Any
 Ints = tuple[int, ...]
 
 #: Bytes of a block's input: with what is made of it, it stays in a core's cache.
-BLOCK = 256 * 1024
+BLOCK = 1024 * 1024
 
 
 class Windows:
@@ -280,38 +280,85 @@ def _max_grad(
     padded: str,
 ) -> None:
     """Give each output's gradient to the first cell of its window that has its value."""
+    if all(k <= s for k, s in zip(w.kernel, w.stride, strict=True)) and dx.dtype == x.dtype:
+        _apart(xp, dy, x, y, dx, w, rows, padded)
+        return
     dtype = wide_dtype(dy.dtype.name)
     first, nd = w.first, len(w.kernel)
     extent = tuple(n + (k - 1) // s for n, k, s in zip(w.out, w.kernel, w.stride, strict=True))
     shape = (*x.shape[:first], *extent, *x.shape[first + nd :])
-    inner = (slice(None),) * first + tuple(slice(0, n) for n in w.out)
+    lead = (slice(None),) * first
+    inner = (*lead, *(slice(0, n) for n in w.out))
     value = _new(xp, "pool value", shape, dtype)
     grad = _new(xp, "pool grad", shape, dtype)
     if extent != w.out:
         value.fill(0)
         grad.fill(0)
     value[inner], grad[inner] = y, dy
-    plain = bool(xp.isfinite(grad).all()) and not bool(xp.isnan(value).any())
     phases = [min(k, s) for k, s in zip(w.kernel, w.stride, strict=True)]
     cells = _new(xp, "pool cells", (math.prod(phases), *shape), dtype)
     sums = _new(xp, "pool sums", cells.shape, dtype)
-    cells.fill(0 if padded == "zeros" else -math.inf)
-    sums.fill(0)
-    reads = [w.taps(axis, extent[axis]) for axis in range(nd)]
-    for index, phase in enumerate(itertools.product(*map(range, phases))):
-        ranges = [reads[axis][f] for axis, f in enumerate(phase)]
-        lead = (slice(None),) * first
-        cells[(index, *lead, *(a for a, _ in ranges))] = x[(*lead, *(b for _, b in ranges))]
-    _route(xp, w, phases, shape, value, grad, cells, sums, plain)
-    dx.fill(0)
-    reads[0] = w.rows(0, w.out[0]).taps(0, extent[0])
-    for index, phase in enumerate(itertools.product(*map(range, phases))):
-        ranges = [reads[axis][f] for axis, f in enumerate(phase)]
-        outputs, source = _within(*ranges[0], rows)
-        ranges[0] = outputs, source
-        lead = (slice(None),) * first
-        part = sums[(index, *lead, *(a for a, _ in ranges))]
-        dx[(*lead, *(b for _, b in ranges))] = part
+    reads = [w.taps(axis, extent[axis])[: phases[axis]] for axis in range(nd)]
+    if any(r.stop - r.start < n for each, n in zip(reads, extent, strict=True) for r, _ in each):
+        cells.fill(0 if padded == "zeros" else -math.inf)
+    for plane, ranges in zip(cells, itertools.product(*reads), strict=True):
+        plane[(*lead, *(a for a, _ in ranges))] = x[(*lead, *(b for _, b in ranges))]
+    _route(xp, w, phases, shape, value, grad, cells, sums)
+    reads[0] = [_within(*ends, rows) for ends in reads[0]]
+    size = (rows[1] - rows[0], *w.size[1:])
+    covered = math.prod(sum(r.stop - r.start for r, _ in each) for each in reads)
+    if covered < math.prod(size):
+        dx.fill(0)
+    for plane, ranges in zip(sums, itertools.product(*reads), strict=True):
+        dx[(*lead, *(b for _, b in ranges))] = plane[(*lead, *(a for a, _ in ranges))]
+
+
+def _plain(xp: Any, value: Array, grad: Array) -> bool:
+    """Return whether gradients are finite (or nearly too large), and values no NaN."""
+    value, grad = value.reshape(-1), grad.reshape(-1)
+    return math.isfinite(xp.dot(grad, grad)) and not math.isnan(xp.dot(value, value))
+
+
+def _apart(
+    xp: Any,
+    dy: Array,
+    x: Array,
+    y: Array,
+    dx: Array,
+    w: Windows,
+    rows: tuple[int, int],
+    padded: str,
+) -> None:
+    """:func:`_max_grad` where no cell belongs to two windows: straight from ``x`` to ``dx``."""
+    plain = _plain(xp, y, dy)
+    free = _new(xp, "pool free", y.shape, bool)
+    here = _new(xp, "pool here", y.shape, bool)
+    free.fill(True)
+    lead = (slice(None),) * w.first
+    taps = [w.taps(axis) for axis in range(len(w.kernel))]
+    inside = [[_within(*tap, rows) for tap in taps[0]], *taps[1:]]
+    covered = math.prod(sum(r.stop - r.start for r, _ in each) for each in inside)
+    if covered < (rows[1] - rows[0]) * math.prod(w.size[1:]):
+        dx.fill(0)
+    for reads, writes in zip(itertools.product(*taps), itertools.product(*inside), strict=True):
+        outputs = (*lead, *(r for r, _ in reads))
+        cell, met = x[(*lead, *(c for _, c in reads))], here[outputs]
+        if padded == "zeros" and met.size < here.size:  # a zero of the padding may win
+            outside = ~free
+            outside[outputs] = True
+            lost = ~outside & (y == 0)
+            free &= ~lost
+        xp.equal(cell, y[outputs], out=met)
+        if not plain:
+            met |= cell != cell
+        met &= free[outputs]
+        free[outputs] ^= met
+        to = (*lead, *(r for r, _ in writes))
+        into = dx[(*lead, *(c for _, c in writes))]
+        if plain:
+            xp.multiply(dy[to], here[to], out=into)
+        else:  # an infinite gradient must not turn to NaN where it does not go
+            into[...] = xp.where(here[to], dy[to], dy.dtype.type(0))
 
 
 def _within(outputs: slice, cells: slice, rows: tuple[int, int]) -> tuple[slice, slice]:
@@ -333,11 +380,11 @@ def _route(
     grad: Array,
     cells: Array,
     sums: Array,
-    plain: bool,
 ) -> None:
     """Add each output's gradient to the plane of the first cell with its value, tap by tap."""
     size = math.prod(shape)
     steps = [math.prod(shape[w.first + axis + 1 :]) for axis in range(len(w.kernel))]
+    plain = _plain(xp, value, grad)
     value, grad = value.reshape(-1), grad.reshape(-1)
     cells, sums = cells.reshape(-1, size), sums.reshape(-1, size)
     free = _new(xp, "pool free", (size,), bool)
@@ -357,13 +404,14 @@ def _route(
             met |= cell != cell  # a NaN is its window's maximum
         met &= free[:length]
         free[:length] ^= met
-        part = given[:length]
+        into = sums[plane, offset:]
+        part = given[:length] if offset else into  # the first tap of a plane fills it
         if plain:
             xp.multiply(grad[:length], met, out=part)
         else:  # an infinite gradient must not turn to NaN where it does not go
             part[...] = xp.where(met, grad[:length], grad.dtype.type(0))
-        into = sums[plane, offset:]
-        into += part
+        if offset:
+            into += part
 
 
 def _by_blocks(
