@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -62,6 +63,7 @@ def report() -> str:
         ]
     )
     lines += ["", "Engines", *_table(_engines())]
+    lines += ["", "Profilers", *_table(_profilers())]
     lines += ["", "Optional parts", *_table(_extras(advice))]
     lines += ["", "Advice", *(f"  {line}" for line in advice or ["nothing: all is in place"])]
     return "\n".join(lines)
@@ -136,7 +138,7 @@ def _cuda_versions() -> list[tuple[str, str]]:
 def _devices(advice: list[str]) -> list[tuple[str, str]]:
     """Return the devices, the default among them, and why it is that one."""
     found = probe()
-    rows = [("cpu", platform.processor() or platform.machine())]
+    rows = [("cpu", _attempt(_cpu))]
     rows += [(f"cuda:{index}", _attempt(partial(_gpu, index))) for index in range(found.count)]
     chosen, why = _choice()
     rows.append(("default", f"{chosen}: {why}" if chosen else why))
@@ -147,12 +149,34 @@ def _devices(advice: list[str]) -> list[tuple[str, str]]:
     return rows
 
 
+def _cpu() -> str:
+    """Return the processor, its cores at hand, and the memory that is free of how much."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        names = [line.partition(":")[2] for line in file if line.startswith("model name")]
+        name = names[0].strip() if names else name
+    cores = settings.cores()
+    text = f"{name}, {cores} core{'s' if cores > 1 else ''}"
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        with open("/proc/meminfo", encoding="utf-8") as file:
+            sizes = dict(line.split(":", 1) for line in file)
+        free, whole = (int(sizes[n].split()[0]) / 2**20 for n in ("MemAvailable", "MemTotal"))
+        text += f", {free:.1f} of {whole:.1f} GiB free"
+    return text
+
+
 def _gpu(index: int) -> str:
-    properties = runtime.cupy().cuda.runtime.getDeviceProperties(index)
+    cuda = runtime.cupy().cuda
+    properties = cuda.runtime.getDeviceProperties(index)
     name = properties["name"]
     name = name.decode() if isinstance(name, bytes) else name
-    memory = properties["totalGlobalMem"] / 2**30
-    return f"{name}, sm_{properties['major']}{properties['minor']}, {memory:.1f} GiB"
+    with cuda.Device(index):
+        free, whole = (n / 2**30 for n in cuda.runtime.memGetInfo())
+    major, minor = properties["major"], properties["minor"]
+    return (
+        f"{name}, compute capability {major}.{minor}, "
+        f"{properties['multiProcessorCount']} multiprocessors, {free:.1f} of {whole:.1f} GiB free"
+    )
 
 
 def _choice() -> tuple[Device | None, str]:
@@ -169,8 +193,33 @@ def _choice() -> tuple[Device | None, str]:
 
 
 def _threads() -> str:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{settings.get_num_threads()} of {cores} cores"
+    return f"{settings.get_num_threads()} of {settings.cores()} cores"
+
+
+def _profilers() -> list[tuple[str, str]]:
+    """Return which profilers are here, and which of them support the default device."""
+    from gpuconv.profiling import tools
+
+    chosen, _ = _choice()
+    on_gpu = chosen is not None and chosen.kind == "cuda"
+    try:
+        seen = tools.facts(chosen.index if on_gpu and chosen is not None else None)
+    except Exception as error:  # whatever a broken installation raises
+        return [("all", f"cannot be told: {error or type(error).__name__}")]
+    rows = []
+    for tool in tools.TOOLS:
+        path = seen.paths.get(tool, "not found")
+        why = tools.why_not(tool, seen)
+        if tool == tools.BUILTIN:
+            rows.append((tool, "always here"))
+        elif why is None:
+            rows.append((tool, f"{path}; supports the device"))
+        else:
+            rows.append((tool, f"{path}; {why}" if tool in seen.paths else why))
+    cupti = _distribution(("cupti-python",))
+    rows.append(("CUPTI", f"cupti-python {cupti[1]}" if cupti else "cupti-python is not installed"))
+    rows.append(("choice", str(tools.choose(seen)).splitlines()[0]))
+    return rows
 
 
 def _engines() -> list[tuple[str, str]]:

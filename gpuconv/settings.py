@@ -135,7 +135,8 @@ def set_num_threads(count: int | None) -> None:
     changed()
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Return the cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return max(1, len(os.sched_getaffinity(0)))
     return os.cpu_count() or 1
@@ -149,7 +150,7 @@ def _threads_from_environment() -> int:
             return int(text)
         if text and name.startswith("GPUCONV"):
             raise ValueError(f"{name} is {text!r}; expected a positive integer")
-    return _cores()
+    return cores()
 
 
 def get_num_threads() -> int:

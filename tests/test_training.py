@@ -263,7 +263,12 @@ def test_the_schedule_rises_for_an_epoch_and_falls_to_zero() -> None:
         ({"rotate": 200}, ValueError, "rotate is 200"),
         ({"zoom": "a"}, TypeError, "zoom is 'a'"),
         ({"seed": -2}, ValueError, "seed is -2"),
-        ({"dtype": "float16"}, ValueError, "dtype is 'float16'; expected float32 or float64"),
+        (
+            {"dtype": "int8"},
+            ValueError,
+            "dtype is 'int8'; expected one of float16, float32, float64",
+        ),
+        ({"dtype": "bfloat16"}, ValueError, "the layers do not compute in bfloat16"),
     ],
 )
 def test_a_wrong_recipe_names_the_number(

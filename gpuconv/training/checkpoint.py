@@ -41,7 +41,7 @@ class ModelInfo:
     scaling : Scaling
         Applied to an image before the first layer.
     dtype : str
-        ``"float32"`` or ``"float64"``.
+        ``"float16"``, ``"float32"`` or ``"float64"``.
     """
 
     config: dict[str, Any]
@@ -82,8 +82,8 @@ class ModelInfo:
             raise ValueError(f"{path}: image_shape is {shape}; expected rows, columns, channels")
         if not len(shift) == len(scale) == shape[2] or not np.isfinite([*shift, *scale]).all():
             raise ValueError(f"{path}: scaling does not hold {shape[2]} finite numbers each")
-        if dtype not in ("float32", "float64"):
-            raise ValueError(f"{path}: dtype is {dtype!r}; expected float32 or float64")
+        if dtype not in ("float16", "float32", "float64"):
+            raise ValueError(f"{path}: dtype is {dtype!r}; expected float16, float32 or float64")
         return cls(config, classes, (shape[0], shape[1], shape[2]), Scaling(shift, scale), dtype)
 
 

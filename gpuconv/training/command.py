@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import gpuconv
-from gpuconv.device import DeviceError
+from gpuconv.device import Device, DeviceError
 from gpuconv.training import options
+from gpuconv.training.memory import OutOfMemory
 
 __all__ = ["add_arguments", "main"]
 
@@ -53,7 +54,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="the same seed and threads, the same weights bit for bit (0)",
     )
-    add("--dtype", choices=["float32", "float64"], help="to compute in (float32)")
+    add(
+        "--dtype",
+        choices=["float16", "bfloat16", "float32", "float64"],
+        help="to compute in (float32); float16 has float32 master weights and a scaled loss",
+    )
+    add(
+        "--log-interval",
+        type=options.count(1),
+        metavar="N",
+        help="steps between two readings of loss and accuracy, for which a GPU is waited for "
+        "(1 on the CPU, 16 on a GPU)",
+    )
+    add("--cuda-graph", action="store_true", help="on a GPU, capture the step once and replay it")
     group = parser.add_argument_group("how far training images are changed at random")
     change = group.add_argument
     change("--shift", type=options.between(), metavar="PIXELS", help="moved along each axis (0.5)")
@@ -94,7 +107,7 @@ def main(args: argparse.Namespace) -> int:
         return 130
     except BrokenPipeError:
         raise  # nobody reads what is said: not an error of the run
-    except (gpuconv.EngineError, OSError) as error:
+    except (gpuconv.EngineError, OSError, OutOfMemory) as error:
         return _fail(error, 1)
 
 
@@ -132,6 +145,11 @@ def _check_parts(args: argparse.Namespace, say: Any) -> None:
         say(f"no progress bar, for want of {lost[0]}: {options.INSTALL}")
 
 
+def _check_graph(args: argparse.Namespace, where: Device) -> None:
+    if args.cuda_graph and where.kind == "cpu":
+        raise ValueError(f"--cuda-graph needs a GPU; the run computes on {where}")
+
+
 def _started(args: argparse.Namespace) -> tuple[Any, Path]:
     """Return a new run and its folder; the folder is made when all else is known to be well."""
     from gpuconv.training import run as runs
@@ -140,6 +158,7 @@ def _started(args: argparse.Namespace) -> tuple[Any, Path]:
     given = {f.name: getattr(args, f.name) for f in fields(Recipe)}
     recipe = Recipe(**{k: v for k, v in given.items() if v is not None})
     where, settings = options.checked_settings(args)
+    _check_graph(args, where)
     source = runs.DIGITS if args.dataset else str(args.data)
     run = runs.start(recipe, source, settings, where)
     if args.out is None:
@@ -155,6 +174,7 @@ def _resumed(args: argparse.Namespace) -> tuple[Any, Path]:
 
     def place(settings: dict[str, Any]) -> Any:
         where, found = options.checked_settings(args, settings)
+        _check_graph(args, where)
         settings.update(found)
         return where
 
@@ -239,7 +259,7 @@ def _train(run: Any, folder: Path, args: argparse.Namespace, say: Any) -> int:
         _introduce(run, folder, say)
         begin = time.perf_counter()
         try:
-            run.train(reporter, stop)
+            run.train(reporter, stop, args.log_interval, args.cuda_graph)
         except DivergedError as error:
             reporter.close()
             return _diverged(error, run, folder)

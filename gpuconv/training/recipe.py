@@ -13,8 +13,10 @@ from gpuconv.layers import Conv2D, Flatten, FullyConnected, Pool2D
 from gpuconv.models import Sequential
 from gpuconv.training.data import warp_images
 
-__all__ = ["Recipe", "make_network", "make_optimizer", "network_layers"]
+__all__ = ["DTYPES", "Recipe", "make_network", "make_optimizer", "network_layers"]
 
+#: That a network can be trained in.
+DTYPES = ("float16", "float32", "float64")
 #: Channels of the blocks of two convolutions each; further blocks repeat the last.
 _CHANNELS = (32, 64, 128)
 #: Blocks halve the image until no side is longer than this.
@@ -42,7 +44,7 @@ class Recipe:
     seed : int
         For the split, the first weights, the order of the images and what is done to them.
     dtype : str
-        ``"float32"`` or ``"float64"``.
+        ``"float16"`` (with float32 master weights), ``"float32"`` or ``"float64"``.
     """
 
     epochs: int = 50
@@ -64,8 +66,9 @@ class Recipe:
         real("rotate", self.rotate, 0, 180)
         real("zoom", self.zoom, 0, 1)
         integer("seed", self.seed, 0)
-        if self.dtype not in ("float32", "float64"):
-            raise ValueError(f"dtype is {self.dtype!r}; expected float32 or float64")
+        if self.dtype not in DTYPES:
+            why = ": the layers do not compute in bfloat16" if self.dtype == "bfloat16" else ""
+            raise ValueError(f"dtype is {self.dtype!r}; expected one of {', '.join(DTYPES)}{why}")
 
     def augment(self, images: Any, epoch: int, step: int) -> Any:
         """Return a step's images, each moved, turned and zoomed at random."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from gpuconv.training.data import (
 from gpuconv.training.evaluation import Evaluation, confusion_matrix, evaluate
 from gpuconv.training.files import write_json, write_lines
 from gpuconv.training.loop import DivergedError, Event, Progress, fit
+from gpuconv.training.precision import Full, Mixed, precision_for
 from gpuconv.training.recipe import Recipe, make_network, make_optimizer
 
 __all__ = [
@@ -128,6 +129,8 @@ class Run:
         How far it is.
     settings : dict
         ``device``, ``engine`` (None: chosen by cost) and ``threads``, as they were used.
+    precision : Full or Mixed
+        How the recipe's dtype is computed in.
     """
 
     recipe: Recipe
@@ -138,6 +141,10 @@ class Run:
     net: Sequential
     progress: Progress
     settings: dict[str, Any]
+    precision: Full | Mixed = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.precision = precision_for(self.recipe.dtype)
 
     @property
     def finished(self) -> bool:
@@ -148,6 +155,8 @@ class Run:
         self,
         on_event: Callable[[Event], object] = lambda event: None,
         stop: Callable[[], bool] = lambda: False,
+        interval: int | None = None,
+        cuda_graph: bool = False,
     ) -> None:
         """Go on from where the run is, to the end or until ``stop``; see :func:`loop.fit`."""
         # One thread in BLAS: the dense layer is small, and its sums then do not depend on how
@@ -164,15 +173,19 @@ class Run:
                 progress=self.progress,
                 on_event=on_event,
                 stop=stop,
+                precision=self.precision,
+                interval=interval,
+                cuda_graph=cuda_graph,
             )
 
     def test(self) -> Evaluation:
         """Return the network's answers to the test images."""
         with single_threaded_blas():
-            return evaluate(self.net, *self._part(self.split.test))
+            images, labels = self._part(self.split.test)
+            return evaluate(self.net, self.precision.images(images), labels)
 
     def _part(self, chosen: np.ndarray[Any, Any]) -> tuple[Any, Any]:
-        images = self.info.scaling.apply(self.data.images[chosen], self.recipe.dtype)
+        images = self.info.scaling.apply(self.data.images[chosen], self.precision.data)
         return images, self.data.labels[chosen]
 
     # ------------------------------------------------------------------------ what is written
@@ -217,6 +230,10 @@ class Run:
         """
         tensors = {f"model.{k}": v for k, v in self.net.tensors().items()}
         tensors |= {f"state.{k}": v for k, v in self.net.state_tensors().items()}
+        more: dict[str, Any] = {}
+        if isinstance(self.precision, Mixed):
+            more["scaling_state"], masters = self.precision.state(self.net)
+            tensors |= {f"master.{k}": v for k, v in masters.items()}
         for name, value in tensors.items():
             if not np.isfinite(value).all():
                 raise DivergedError(
@@ -231,6 +248,7 @@ class Run:
             "settings": self.settings,
             "progress": self.progress.to_json(),
             "state": self.net.state(),
+            **more,
         }
         checkpoint.write(folder / CHECKPOINT, "checkpoint", header, tensors)
         write_lines(folder / METRICS, [asdict(r) for r in self.progress.history])
@@ -296,8 +314,7 @@ def start(
     image_shape = (int(shape[0]), int(shape[1]), int(shape[2]))
     net = make_network(recipe, image_shape, len(data.classes), len(split.train), device)
     info = checkpoint.ModelInfo(net.config(), data.classes, image_shape, scaling, recipe.dtype)
-    where = source if source == DIGITS else str(Path(source).resolve())
-    return Run(recipe, where, data, split, info, net, Progress(), settings)
+    return Run(recipe, _resolved(source), data, split, info, net, Progress(), settings)
 
 
 def resume(
@@ -347,20 +364,34 @@ def resume(
     model = {k.partition(".")[2]: v for k, v in tensors.items() if k.startswith("model.")}
     state = {k.partition(".")[2]: v for k, v in tensors.items() if k.startswith("state.")}
     optimizer = make_optimizer(recipe, len(split.train))
+    run = Run(recipe, _resolved(where), data, split, info, net, progress, settings)
+    scaling = header.get("scaling_state")
+    scaling = scaling if isinstance(scaling, dict) else {}
     try:
         updates = _updates(progress, recipe, len(split.train))
+        if isinstance(run.precision, Mixed):  # steps that overflowed were no updates
+            updates -= integer("skipped", scaling.get("skipped"), 0)
         if any(part["cur_step"] != updates for part in header["state"]):
             raise ValueError(f"state is not that after {updates} updates")
         checkpoint.check_tensors(model, net.tensors(), path)
-        checkpoint.check_tensors(state, _remembered(optimizer, net) if updates else {}, path)
+        wide = "float32" if isinstance(run.precision, Mixed) else None
+        remembered = _remembered(optimizer, net, wide) if updates else {}
+        checkpoint.check_tensors(state, remembered, path)
         net.set_optimizer(optimizer)
         net.load_tensors(model)
         net.load_state(header["state"], state)
+        if isinstance(run.precision, Mixed):
+            masters = {k.partition(".")[2]: v for k, v in tensors.items() if k[:7] == "master."}
+            run.precision.load_state(net, scaling, masters)
     except (KeyError, TypeError, ValueError) as error:
         text = str(error) if str(path) in str(error) else f"{path}: {error}"
         raise ValueError(text) from error
-    where = where if where == DIGITS else str(Path(where).resolve())
-    return Run(recipe, where, data, split, info, net, progress, settings)
+    return run
+
+
+def _resolved(source: str) -> str:
+    """Return where the images are, from whatever folder it is asked."""
+    return source if source == DIGITS else str(Path(source).resolve())
 
 
 def _settings(values: Any) -> dict[str, Any]:
@@ -387,13 +418,14 @@ def _updates(progress: Progress, recipe: Recipe, train_images: int) -> int:
     return progress.epoch * steps + progress.step
 
 
-def _remembered(optimizer: str, net: Sequential) -> dict[str, Any]:
+def _remembered(optimizer: str, net: Sequential, dtype: str | None = None) -> dict[str, Any]:
     """Return arrays of the names, shapes and dtypes that the optimizer remembers after a step."""
     probe = get_optimizer(optimizer)
     probe.step()
     probe(np.zeros(1), np.zeros(1), "p")
     parts = [name.partition(".")[2] for name in probe.state()[1]]
-    return {f"{name}.{part}": value for name, value in net.tensors().items() for part in parts}
+    own = {n: v if dtype is None else v.astype(dtype) for n, v in net.tensors().items()}
+    return {f"{name}.{part}": value for name, value in own.items() for part in parts}
 
 
 def sweep(folder: Path) -> None:
