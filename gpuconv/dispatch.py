@@ -261,9 +261,9 @@ def explain(problem: ConvProblem, device_kind: str) -> Explanation:
     """Return the candidates of every pass, their predictions, and the choice."""
     # Gradients are computed in front of the activation.
     plain = problem if problem.activation is None else replace(problem, activation=None)
-    of = {p: problem if p == "forward" else plain for p in PASSES}
-    choice = {p: choose(of[p], p, device_kind).name for p in PASSES}
-    found = {p: candidates(of[p], p, device_kind) for p in PASSES}
+    of: dict[Pass, ConvProblem] = {p: problem if p == "forward" else plain for p in PASSES}
+    choice: dict[str, str] = {p: choose(of[p], p, device_kind).name for p in PASSES}
+    found: dict[str, list[Candidate]] = {p: candidates(of[p], p, device_kind) for p in PASSES}
     return Explanation(problem, device_kind, _forced.get(), found, choice)
 
 

@@ -92,6 +92,7 @@ def _ones(count: int, dtype: Any) -> Array:
     return found[:count]
 
 
+@np.errstate(all="ignore")  # NaN and Inf travel on without a word
 def backward_by_parts(
     problem: ConvProblem,
     plain: ConvProblem,

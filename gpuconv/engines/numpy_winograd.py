@@ -234,6 +234,7 @@ class NumpyWinograd(Engine):
 
     # ------------------------------------------------------------------------------- the passes
 
+    @np.errstate(all="ignore")  # NaN and Inf travel on without a word
     def forward(self, problem: ConvProblem, x: Array, w: Array, b: Array | None, y: Array) -> None:
         """Write ``act(conv(x, w) + b)`` into ``y``."""
         dtype = wide_dtype(problem.dtype)
@@ -245,6 +246,7 @@ class NumpyWinograd(Engine):
             x, forward_axes(problem), matrices, [y], problem.flops, bias, problem.activation
         )
 
+    @np.errstate(all="ignore")  # NaN and Inf travel on without a word
     def input_grad(self, problem: ConvProblem, dz: Array, w: Array, dx: Array) -> None:
         """Write the gradient with respect to ``x`` into ``dx``."""
         if _correlate(problem, True, dz, w, dx, None, None):
@@ -253,6 +255,7 @@ class NumpyWinograd(Engine):
         matrices = transposed_weights(w[phase.taps], problem.groups, wide_dtype(problem.dtype))
         gemm_windows(dz, phase.axes, matrices, [dx], problem.flops)
 
+    @np.errstate(all="ignore")  # NaN and Inf travel on without a word
     def weight_grad(
         self, problem: ConvProblem, dz: Array, x: Array, dw: Array | None, db: Array | None
     ) -> None:
