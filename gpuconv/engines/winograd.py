@@ -194,7 +194,7 @@ def tile_factors(
         ``(k, l, n, t, u, c)``, contiguous in ``u`` and ``c``.
     """
     dtype = out.dtype
-    by_row, by_column = (_matrices(line.method, dtype.name) for line in (grid.rows, grid.columns))
+    by_row, by_column = (_matrices(line.method, dtype.char) for line in (grid.rows, grid.columns))
     left, right = (m.a if gradient else m.b for m in (by_row, by_column))
     step = grid.rows.method.m
     window = left.shape[1], right.shape[1]
@@ -257,7 +257,7 @@ def tile_outputs(
         infinity or a NaN has spread over its tile, where the definition does not send it.
     """
     dtype = products.dtype
-    left, right = (_matrices(line.method, dtype.name).a.T for line in (grid.rows, grid.columns))
+    left, right = (_matrices(line.method, dtype.char).a.T for line in (grid.rows, grid.columns))
     n_rows, n_columns, images, tile_rows, tiles, channels = products.shape
     m_rows, m_columns = left.shape[0], right.shape[0]
     size = images * tile_rows * tiles * channels
@@ -331,12 +331,12 @@ def filter_factors(w: Array, methods: tuple[Filtering, ...], reverse: bool, dtyp
     """
     *_, w_in, out = w.shape
     flat = np.ascontiguousarray(w, dtype).reshape(-1, w_in * out)
-    factors: Array = np.matmul(_taps(*methods, np.dtype(dtype).name, reverse), flat)
+    factors: Array = np.matmul(_taps(*methods, np.dtype(dtype).char, reverse), flat)
     return factors.reshape(-1, w_in, out)
 
 
 def filter_grad(factors: Array, methods: tuple[Filtering, ...], dw: Array) -> None:
     """Write the gradient with respect to the weights, given that of their factors."""
-    taps = _taps(*methods, factors.dtype.name, False)
+    taps = _taps(*methods, factors.dtype.char, False)
     flat = np.matmul(taps.T, factors.reshape(len(taps), -1))
     dw[...] = flat.reshape(dw.shape)
