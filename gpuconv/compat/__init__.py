@@ -1,0 +1,1 @@
+"""Drop-ins: the signatures of other libraries over our convolutions."""
