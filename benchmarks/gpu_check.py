@@ -17,15 +17,13 @@ import os
 import platform
 import re
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ET
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import gpuconv
 from benchmarks import cases, suite
@@ -34,6 +32,7 @@ from benchmarks.suite import Shape
 from gpuconv import dispatch
 from gpuconv.cuda import runtime
 from gpuconv.device import probe
+from gpuconv.profiling.timing import EventClock, timed
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -79,65 +78,25 @@ cp.cuda.Device().synchronize()
 # ------------------------------------------------------------------------------------- times
 
 
-class Clock(Protocol):
-    """Measures what the device does between two marks in its queue."""
-
-    def start(self) -> None: ...
-
-    def stop(self) -> float:
-        """Return the milliseconds since the start, once the device is done."""
-
-
-class CupyClock:
-    """CUDA's events, by CuPy."""
-
-    def __init__(self) -> None:
-        self._cuda = runtime.cupy().cuda
-        self._first, self._last = self._cuda.Event(), self._cuda.Event()
-
-    def start(self) -> None:
-        self._first.record()
-
-    def stop(self) -> float:
-        self._last.record()
-        self._last.synchronize()
-        return float(self._cuda.get_elapsed_time(self._first, self._last))
-
-
 class TorchClock:
-    """The same by PyTorch, on its stream."""
+    """CUDA's events by PyTorch, on its stream."""
+
+    what, waits = "CUDA events, by PyTorch", True
 
     def __init__(self, torch: Any) -> None:
-        self._first, self._last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._torch = torch
 
-    def start(self) -> None:
-        self._first.record()
+    def mark(self) -> Any:
+        event = self._torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event, time.perf_counter_ns()
 
-    def stop(self) -> float:
-        self._last.record()
-        self._last.synchronize()
-        return float(self._first.elapsed_time(self._last))
+    def seconds(self, first: Any, last: Any) -> float:
+        last[0].synchronize()
+        return float(first[0].elapsed_time(last[0])) * 1e-3
 
-
-def timed(call: Callable[[], Any], clock: Clock, seconds: float) -> dict[str, float]:
-    """Return the median and the quartiles of a call's time, in milliseconds.
-
-    A sample holds as many calls as take some 2 ms, so that the device does not wait for Python
-    before each.
-    """
-    call()
-    clock.start()
-    call()
-    calls = max(1, min(100, math.ceil(2 / max(clock.stop(), 1e-3))))
-    times: list[float] = []
-    end = time.perf_counter() + seconds
-    while len(times) < 5 or (time.perf_counter() < end and len(times) < 200):
-        clock.start()
-        for _ in range(calls):
-            call()
-        times.append(clock.stop() / calls)
-    q1, median, q3 = statistics.quantiles(times, n=4, method="inclusive")
-    return {"ms": median, "q1": q1, "q3": q3, "calls": calls, "samples": len(times)}
+    def host(self, mark: Any) -> int:
+        return int(mark[1])
 
 
 def options_of(shape: Shape) -> dict[str, Any]:
@@ -183,7 +142,7 @@ def time_engine(case: Case, engine: str, seconds: float) -> dict[str, Any]:
             {n: gpuconv.asnumpy(r) for n, r in results.items()},
             dispatch.get_engine(engine).error_factor,
         )
-        clock = CupyClock()
+        clock = EventClock()
         row["forward"] = timed(lambda: gpuconv.conv2d(x, w, b, **options), clock, seconds)
         row["backward"] = timed(
             lambda: gpuconv.conv2d_backward(dy, x, w, y=y, **options), clock, seconds

@@ -11,6 +11,7 @@ from typing import Any
 from benchmarks.machine import slug
 from benchmarks.peers import label
 from benchmarks.suite import CLASSES
+from gpuconv.profiling.table import of_floor, rate
 
 __all__ = [
     "PASS_TITLES",
@@ -229,17 +230,34 @@ def _shapes(result: dict[str, Any], rows: list[Row]) -> str:
     """Return a line for every layer."""
     peers = [p for p in compared(result) if any(ratio(r, p) is not None for r in rows)]
     memory = any("extra" in r.get("memory", {}) for r in rows)
-    head = ["layer", "", "GFLOP", "MB", "of floor", "engine", *(label(p) for p in peers)]
+    head = [
+        "layer",
+        "",
+        "GFLOP",
+        "MB",
+        "GFLOP/s",
+        "GB/s",
+        "of floor",
+        "engine",
+        *(label(p) for p in peers),
+    ]
     table = [head + (["extra MiB"] if memory else [])]
     for row in rows:
         own = row["peers"].get("gpuconv", {})
-        floor = f"{100 * row['floor'] / own['seconds']:.0f}%" if "seconds" in own else _why(own)
+        seconds = own.get("seconds")
+        rates = [_why(own)] * 3
+        if seconds:
+            rates = [
+                rate(row["flops"], seconds),
+                rate(row["bytes"], seconds),
+                of_floor(row["floor"], seconds),
+            ]
         cells = [
             row["shape"],
             row["layer"],
             f"{row['flops'] / 1e9:.3g}",
             f"{row['bytes'] / 1e6:.3g}",
-            floor,
+            *rates,
             ", ".join(dict.fromkeys(own.get("engines", []))),
         ]
         cells += [_cell(row, peer) for peer in peers]

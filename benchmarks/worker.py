@@ -15,11 +15,8 @@ import time
 import traceback
 import tracemalloc
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from benchmarks import cases
 from benchmarks.cases import Case
@@ -27,23 +24,15 @@ from benchmarks.peers import PEERS, Peer, Prepared, Unsupported, make_peer
 from benchmarks.plain import TooSlow
 from benchmarks.suite import Shape
 from gpuconv.dispatch import EngineError
+from gpuconv.profiling.floors import measure_cpu
+from gpuconv.profiling.timing import sample
 
-__all__ = ["Worker", "sample", "serve"]
+__all__ = ["Worker", "serve"]
 
 #: Seconds that one sample should take; shorter calls are repeated within it.
 SAMPLE = 2e-3
 #: The most samples of one turn.
 MOST = 1000
-
-
-def sample(run: Callable[[], Any], calls: int) -> float:
-    """Return the seconds a call takes, over ``calls`` of them."""
-    clock = time.perf_counter
-    repeat = range(calls)
-    start = clock()
-    for _ in repeat:
-        run()
-    return (clock() - start) / calls
 
 
 class Worker:
@@ -106,23 +95,8 @@ class Worker:
 
     def machine(self, dtypes: list[str], seconds: float = 0.5) -> dict[str, Any]:
         """Measure BLAS's best FLOP/s in each dtype, and the memory's byte/s, read plus written."""
-        peak = {}
-        for dtype in dtypes:
-            n = 2048 if seconds >= 0.3 else 1024
-            a = np.random.default_rng(0).standard_normal((n, n)).astype(dtype)
-            b, out = a.T.copy(), np.empty_like(a)
-            best = _best(lambda a=a, b=b, out=out: np.matmul(a, b, out=out), seconds)  # type: ignore[misc]
-            peak[dtype] = 2 * n**3 / best
-        size = 64 * 2**20
-        parts = [(np.ones(size, np.uint8), np.ones(size, np.uint8)) for _ in range(self.threads)]
-        with ThreadPoolExecutor(self.threads) as pool:
-
-            def copy() -> None:
-                for done in [pool.submit(np.copyto, to, source) for to, source in parts]:
-                    done.result()
-
-            bandwidth = 2 * size * self.threads / _best(copy, seconds)
-        return {"peak": peak, "bandwidth": bandwidth}
+        found = measure_cpu(dtypes, self.threads, seconds)
+        return {"peak": found.peak, "bandwidth": found.bandwidth}
 
     # ---------------------------------------------------------------------------- the case
 
@@ -222,15 +196,6 @@ class Worker:
 
 def _errors(case: Case, results: dict[str, Any]) -> dict[str, float]:
     return {n: cases.compare(r, case.expected[n]) for n, r in results.items()}
-
-
-def _best(run: Callable[[], Any], seconds: float) -> float:
-    """Return the shortest time of a call, of those that fit."""
-    run()
-    start, best = time.perf_counter(), math.inf
-    while time.perf_counter() - start < seconds:
-        best = min(best, sample(run, 1))
-    return best
 
 
 def serve(make: Callable[[], Callable[[dict[str, Any]], dict[str, Any]]]) -> int:

@@ -112,12 +112,13 @@ def test_page(stored):
     assert cells(forward, "**all**") == ["**all**", "5", "2.00 (least 0.50) of 3"]
     assert cells(forward, "depthwise") == ["depthwise", "2", "0.50 of 1"]
     assert cells(forward, "a") == [
-        "a", "1x8x8x4, 1x1, 4", "2", "4", "50%", "numpy_gemm", "2.00 (1.50–2.67)", "1.0",
+        "a", "1x8x8x4, 1x1, 4", "2", "4", "200", "0.4", "50%", "numpy_gemm", "2.00 (1.50–2.67)",
+        "1.0",
     ]  # fmt: skip
-    assert cells(forward, "d")[6] == "wrong"
-    assert cells(forward, "e")[6] == "–"
+    assert cells(forward, "d")[8] == "wrong"
+    assert cells(forward, "e")[8] == "–"
     train = text[text.index("## float32, forward and all gradients") :]
-    assert cells(train, "c")[6] == "failed"
+    assert cells(train, "c")[8] == "failed"
     overhead = text[text.index("## Fixed cost of a call") :]
     assert cells(overhead, "1x8x8x4, 1x1, 4") == [
         "1x8x8x4, 1x1, 4", "float32", "forward", "20.0", "30.0"
