@@ -34,6 +34,11 @@ _REGISTRY: dict[str, tuple[str, str, str]] = {
     "naive": ("cpu", "gpuconv.engines.naive", "Naive"),
     "numpy_gemm": ("cpu", "gpuconv.engines.numpy_gemm", "NumpyGemm"),
     "numpy_depthwise": ("cpu", "gpuconv.engines.numpy_depthwise", "NumpyDepthwise"),
+    "numpy_depthwise_winograd": (
+        "cpu",
+        "gpuconv.engines.numpy_depthwise_winograd",
+        "NumpyDepthwiseWinograd",
+    ),
     "numpy_planar": ("cpu", "gpuconv.engines.numpy_planar", "NumpyPlanar"),
     "numpy_taps": ("cpu", "gpuconv.engines.numpy_taps", "NumpyTaps"),
     "numpy_winograd": ("cpu", "gpuconv.engines.numpy_winograd", "NumpyWinograd"),

@@ -22,6 +22,7 @@ from gpuconv.cuda import runtime
 CPU_ENGINES = [
     "naive",
     "numpy_depthwise",
+    "numpy_depthwise_winograd",
     "numpy_gemm",
     "numpy_planar",
     "numpy_taps",

@@ -18,7 +18,14 @@ from gpuconv.engines.base import PASSES
 from gpuconv.functional import _hashable, _plan
 
 RNG = np.random.default_rng(11)
-ENGINES = ["numpy_depthwise", "numpy_gemm", "numpy_planar", "numpy_taps", "numpy_winograd"]
+ENGINES = [
+    "numpy_depthwise",
+    "numpy_depthwise_winograd",
+    "numpy_gemm",
+    "numpy_planar",
+    "numpy_taps",
+    "numpy_winograd",
+]
 
 #: x, w, options: each makes some engine cut its work in another way.
 SHAPES: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
@@ -40,6 +47,7 @@ SHAPES: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
     "strided": ((2, 29, 30, 40), (3, 3, 40, 48), {"padding": 1, "stride": 2}),
     "stride is kernel": ((2, 28, 28, 32), (2, 2, 32, 48), {"stride": 2}),
     "depthwise": ((2, 40, 37, 48), (3, 3, 1, 48), {"padding": 1, "groups": 48}),
+    "depthwise 7x7": ((2, 26, 24, 40), (7, 7, 1, 40), {"padding": 3, "groups": 40}),
     "depthwise strided": ((2, 40, 37, 24), (5, 5, 1, 48), {"padding": 2, "groups": 24, "stride": 2}),
     "depthwise, long lines": ((1, 3, 700, 32), (1, 7, 1, 32), {"padding": (0, 3), "groups": 32}),
 }  # fmt: skip
@@ -167,8 +175,8 @@ def test_minimal_filtering_is_exact_but_for_rounding(m: int, r: int) -> None:
 
 
 def test_too_large_a_tile_is_refused() -> None:
-    with pytest.raises(ValueError, match="needs a tile of 9"):
-        toom_cook.filtering(7, 3)
+    with pytest.raises(ValueError, match="needs a tile of 11"):
+        toom_cook.filtering(9, 3)
 
 
 @settings(max_examples=60, deadline=None)

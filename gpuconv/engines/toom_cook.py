@@ -31,7 +31,7 @@ Rows = list[list[Fraction]]
 
 #: In the order in which they are taken. Large and small ones in turn, the error of F(4, 3) is less
 #: than half of that with 2 and -2, and that of all others no larger.
-_POINTS = tuple(Fraction(p) for p in ("0", "1", "-1", "1/2", "-2", "2", "-1/2"))
+_POINTS = tuple(Fraction(p) for p in ("0", "1", "-1", "1/2", "-2", "2", "-1/2", "3/4", "-4/3"))
 
 #: The largest tile that the points allow.
 LARGEST = len(_POINTS) + 1
