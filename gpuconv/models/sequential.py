@@ -87,6 +87,7 @@ class Sequential:
         if len(set(map(id, layers))) != len(layers):
             raise ValueError("layers holds a layer twice; expected each once")
         self.layers = list(layers)
+        self._input_shape: tuple[int, ...] | None = None
         if optimizer is not None:
             self.set_optimizer(optimizer)
         if rng is not None:
@@ -110,6 +111,17 @@ class Sequential:
             layer.use_optimizer(made)
 
     @property
+    def input_shape(self) -> tuple[int, ...] | None:
+        """Return the first input's shape without the batch; None before."""
+        return self._input_shape
+
+    @property
+    def dtype(self) -> str | None:
+        """Return the parameters' dtype; None before there are any."""
+        found: list[str | None] = [leaf.dtype for _, leaf in self._leaves()]
+        return next((dtype for dtype in found if dtype is not None), None)
+
+    @property
     def trainable(self) -> bool:
         """Whether any layer with parameters is not frozen."""
         return any(layer.trainable for layer in self.layers)
@@ -130,12 +142,16 @@ class Sequential:
                 current = layer.build(current, dtype)
             except ValueError as error:
                 raise ValueError(f"layer {k} ({type(layer).__name__}): {error}") from None
+        self._input_shape = tuple(shape)[1:]
         return current
 
     def forward(self, X: Array, retain_derived: bool = True) -> Array:
         """Return the last layer's output; see :meth:`gpuconv.layers.LayerBase.forward`."""
+        shape = getattr(X, "shape", None)
         for layer in self.layers:
             X = layer.forward(X, retain_derived)
+        if self._input_shape is None and shape is not None:
+            self._input_shape = tuple(shape)[1:]
         return X
 
     def backward(

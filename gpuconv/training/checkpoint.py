@@ -23,7 +23,6 @@ __all__ = ["FORMAT", "VERSION", "ModelInfo", "check_tensors", "read", "write"]
 
 FORMAT = "gpuconv"
 VERSION = 1
-KINDS = ("model", "checkpoint")
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ def write(
     ----------
     path : str or Path
         Overwritten if it exists.
-    kind : {"model", "checkpoint"}
+    kind : {"model", "checkpoint", "network"}
         Kept in the header, so that one is not taken for the other.
     header : mapping
         JSON values.
@@ -146,8 +145,10 @@ def _ordered(content: bytes, metadata: Mapping[str, str]) -> bytes:
     return len(text).to_bytes(8, "little") + text + content[8 + length :]
 
 
-def read(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
-    """Return header and tensors of a file that :func:`write` wrote.
+def read(
+    path: str | Path, kind: str | tuple[str, ...]
+) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
+    """Return header and tensors of a file that :func:`write` wrote, of this kind or one of these.
 
     Raises
     ------
@@ -180,7 +181,7 @@ def read(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, np.ndar
     return header, tensors
 
 
-def _header(metadata: Mapping[str, str], kind: str, path: Path) -> dict[str, Any]:
+def _header(metadata: Mapping[str, str], kind: str | tuple[str, ...], path: Path) -> dict[str, Any]:
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} is a safetensors file, but not one that gpuconv wrote")
     version = metadata.get("version", "")
@@ -192,8 +193,9 @@ def _header(metadata: Mapping[str, str], kind: str, path: Path) -> dict[str, Any
         raise ValueError(f"{path}: the header is not JSON: {error}") from error
     if not isinstance(header, dict):
         raise ValueError(f"{path}: the header is not a JSON object")
-    if header.get("kind") != kind:
-        raise ValueError(f"{path} is a {header.get('kind')}; expected a {kind}")
+    kinds = (kind,) if isinstance(kind, str) else kind
+    if header.get("kind") not in kinds:
+        raise ValueError(f"{path} is a {header.get('kind')}; expected a {' or a '.join(kinds)}")
     return header
 
 
