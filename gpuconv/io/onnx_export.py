@@ -201,7 +201,7 @@ def _batch_norm(g: _Graph, layer: BatchNorm1D | BatchNorm2D, x: _Tensor) -> _Ten
         for k in ("scaler", "intercept", "running_mean", "running_var")
     ]
     name = g.add("BatchNormalization", g.first(x), *values, epsilon=float(layer.epsilon))
-    return _Tensor(name, x.shape, len(x.shape) > 2)
+    return _Tensor(g.activated(name, layer.act_fn), x.shape, len(x.shape) > 2)
 
 
 def _layer_norm(g: _Graph, layer: LayerNorm1D | LayerNorm2D, x: _Tensor) -> _Tensor:
@@ -232,7 +232,6 @@ def _conv_module(g: _Graph, m: SkipConnectionConvModule, x: _Tensor) -> _Tensor:
 
 def _residual(g: _Graph, m: ResidualBlock, x: _Tensor) -> _Tensor:
     y = _batch_norm(g, m.batchnorm1, _convolution(g, m.conv1, x))
-    y = _Tensor(g.activated(y.name, m.act_fn), y.shape, True)
     y = _batch_norm(g, m.batchnorm2, _convolution(g, m.conv2, y))
     around = g.first(x)
     if m.stride > 1:

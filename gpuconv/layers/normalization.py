@@ -8,10 +8,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from gpuconv.activations import Activation, Identity
 from gpuconv.arguments import integer, real
 from gpuconv.device import Device, namespace
 from gpuconv.initializers import Rng, generator
-from gpuconv.layers.base import Array, LayerBase, Shape
+from gpuconv.layers.base import Array, LayerBase, Shape, activation_of
 from gpuconv.normalization import (
     column_statistics,
     columns_grad,
@@ -33,7 +34,7 @@ class _Normalization(LayerBase):
     _sizes: ClassVar[tuple[str, str]]
     _form: ClassVar[str]
     _feature_axes: ClassVar[int] = 1
-    _derived_settings = frozenset({"act_fn", "in_ch", "out_ch", "n_in", "n_out"})
+    _derived_settings = frozenset({"in_ch", "out_ch", "n_in", "n_out"})
 
     def __init__(
         self,
@@ -64,11 +65,16 @@ class _Normalization(LayerBase):
     @property
     def hyperparameters(self) -> dict[str, Any]:
         """Return what makes the layer."""
-        made = {"layer": type(self).__name__, "act_fn": None}
+        act_fn = None if self.act_fn is None else str(self.act_fn)
+        made: dict[str, Any] = {"layer": type(self).__name__, "act_fn": act_fn}
         made |= {name: getattr(self, name) for name in (*self._sizes, "epsilon")}
         if hasattr(self, "momentum"):
             made["momentum"] = self.momentum
         return {**made, "optimizer": self._optimizer_summary()}
+
+    def config(self) -> dict[str, Any]:
+        """Return what makes the layer anew, without weights and optimizer."""
+        return {**super().config(), "first_scaler": self._first_scaler}
 
     def output_shape(self, shape: Shape) -> Shape:
         """Return ``shape``, if it is one of the layer's inputs."""
@@ -125,14 +131,27 @@ class _BatchNorm(_Normalization):
         epsilon: float = 1e-5,
         optimizer: Optimizer | str | Mapping[str, Any] | None = None,
         *,
+        act_fn: Activation | str | None = None,
         first_scaler: str = "random",
         rng: Rng = None,
         device: Device | str | None = None,
     ) -> None:
-        given = {"momentum": momentum, "epsilon": epsilon}
+        given = {"momentum": momentum, "epsilon": epsilon, "act_fn": act_fn}
         super().__init__(given, optimizer, first_scaler, rng, device)
 
+    def _settings(self, values: dict[str, Any]) -> dict[str, Any]:
+        found = super()._settings(values)
+        if "act_fn" in values:
+            act_fn = activation_of(values["act_fn"])
+            if not act_fn.invertible:
+                raise ValueError(
+                    f"act_fn is {act_fn}; expected one whose derivative follows from its output"
+                )
+            found["act_fn"] = None if isinstance(act_fn, Identity) else act_fn
+        return found
+
     def _no_derived(self) -> dict[str, Any]:
+        self._outputs: list[Array] = []
         #: Of each retained pass: mean, one over the deviation, and whether they are the batch's.
         self._statistics: list[tuple[Array, Array, bool]] = []
         return {}
@@ -176,6 +195,10 @@ class _BatchNorm(_Normalization):
         if retain:
             self._statistics.append((mean, inverse, of_batch))
         made = normalized_columns(rows, mean, inverse, own["scaler"], own["intercept"])
+        if self.act_fn is not None:
+            made = self.act_fn.fn(made, out=made)
+            if retain:
+                self._outputs.append(made)
         return made.reshape(X.shape)
 
     def _backward(
@@ -185,8 +208,11 @@ class _BatchNorm(_Normalization):
         shape, channels = dy.shape, dy.shape[-1]
         if not input_grad and not needs_params:
             return None, {}
+        rows = dy.reshape(-1, channels)
+        if self.act_fn is not None:
+            rows = rows * self.act_fn.grad_from_output(self._outputs[index])
         dx, dscaler, dintercept = columns_grad(
-            dy.reshape(-1, channels),
+            rows,
             self.X[index].reshape(-1, channels),
             mean,
             inverse,
@@ -218,6 +244,9 @@ _BATCH_DOC = """Batch normalisation of {what}: ``scaler * (X - mean) / deviation
         Added to the variance.
     optimizer : Optimizer, str, dict or None
         See :func:`gpuconv.optimizers.get_optimizer`.
+    act_fn : Activation, str or None
+        Applied to the result; one whose derivative follows from its output, such as ``"ReLU"``.
+        numpy-ml has none there.
     first_scaler : {{"random", "ones"}}
         What ``scaler`` starts from: uniform in [0, 1) as in numpy-ml, or ones as elsewhere.
     rng, device
@@ -258,6 +287,7 @@ class BatchNorm1D(_BatchNorm):
 
 class _LayerNorm(_Normalization):
     epsilon: float
+    _derived_settings = _Normalization._derived_settings | {"act_fn"}
 
     def __init__(
         self,

@@ -98,6 +98,23 @@ class ModuleBase(Layer):
         """Return the components that there are."""
         return [getattr(self, c) for c in self._component_ids if hasattr(self, c)]
 
+    @property
+    def layers(self) -> list[Any]:
+        """Return the components, under the name that a network has for its layers."""
+        return self.components
+
+    @property
+    def device(self) -> Device | None:
+        """Return where the parameters are; None before the first input."""
+        found: Device | None = self.components[0].device
+        return found
+
+    @property
+    def dtype(self) -> str | None:
+        """Return the first input's dtype; None before."""
+        found: str | None = self.components[0].dtype
+        return found
+
     def _each(self, what: str) -> dict[str, Any]:
         """Return an attribute of every component by name; None for one not yet made."""
         return {

@@ -75,7 +75,7 @@ class ResidualBlock(ModuleBase):
         values = locals()
         given = {name: values[name] for name in self._arguments()}
         super().__init__(given, optimizer, rng, device)
-        self._outputs: list[tuple[Array, Array]] = []
+        self._outputs: list[Array] = []
 
     def _arguments(self) -> tuple[str, ...]:
         return ("out_ch", "stride", "act_fn", "epsilon", "momentum", "init")
@@ -94,10 +94,10 @@ class ResidualBlock(ModuleBase):
     def _make_components(self) -> None:
         self.conv1 = self._conv(self.out_ch, (3, 3), 1, self.stride, None)
         self.conv2 = self._conv(self.out_ch, (3, 3), 1, 1, None)
-        self.batchnorm1, self.batchnorm2 = (
-            self._ready(BatchNorm2D(self.momentum, self.epsilon, self._made, first_scaler="ones"))
-            for _ in range(2)
-        )
+        options: dict[str, Any] = {"first_scaler": "ones"}
+        given = (self.momentum, self.epsilon, self._made)
+        self.batchnorm1 = self._ready(BatchNorm2D(*given, act_fn=self.act_fn, **options))
+        self.batchnorm2 = self._ready(BatchNorm2D(*given, **options))
 
     def _own_hyperparameters(self) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in self._arguments()}
@@ -133,8 +133,7 @@ class ResidualBlock(ModuleBase):
         outs = {"conv1_out": self.conv1.forward(X, retain)}
         self._complete(tuple(X.shape))
         outs["batchnorm1_out"] = self.batchnorm1.forward(outs["conv1_out"], retain)
-        middle = self.act_fn.fn(outs["batchnorm1_out"])
-        outs["conv2_out"] = self.conv2.forward(middle, retain)
+        outs["conv2_out"] = self.conv2.forward(outs["batchnorm1_out"], retain)
         total = outs["batchnorm2_out"] = self.batchnorm2.forward(outs["conv2_out"], retain)
         if retain:
             self._dv.update(outs)
@@ -144,7 +143,7 @@ class ResidualBlock(ModuleBase):
         assert total.shape == shape
         Y = self.act_fn.fn(total, out=total)
         if retain:
-            self._outputs.append((middle, Y))
+            self._outputs.append(Y)
         return Y
 
     def _moved(self, X: Array, like: Array) -> Array:
@@ -157,15 +156,10 @@ class ResidualBlock(ModuleBase):
                 "forward pass retained since the last update"
             )
         sums = [
-            dy * self.act_fn.grad_from_output(Y)
-            for dy, (_, Y) in zip(dLdy, self._outputs, strict=True)
+            dy * self.act_fn.grad_from_output(Y) for dy, Y in zip(dLdy, self._outputs, strict=True)
         ]
         d_conv2 = self._through(self.batchnorm2, sums, retain_grads)
-        d_middle = self._through(self.conv2, d_conv2, retain_grads)
-        d_bn1 = [
-            d * self.act_fn.grad_from_output(middle)
-            for d, (middle, _) in zip(d_middle, self._outputs, strict=True)
-        ]
+        d_bn1 = self._through(self.conv2, d_conv2, retain_grads)
         d_conv1 = self._through(self.batchnorm1, d_bn1, retain_grads)
         found: list[Any] = self._through(self.conv1, d_conv1, retain_grads, input_grad)
         if not input_grad:
