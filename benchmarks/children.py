@@ -43,6 +43,11 @@ def environment(threads: int, base: Mapping[str, str] | None = None) -> dict[str
     return made
 
 
+def _without_extras(peer: str) -> dict[str, str]:
+    """Return what keeps gpuconv to NumPy alone, unless the peer is an extra's engine."""
+    return {} if "numba" in peer else {"GPUCONV_NUMBA": "0"}
+
+
 @contextmanager
 def pinned(threads: int) -> Iterator[None]:
     """Let processes started in here run on ``threads`` cores only.
@@ -84,7 +89,7 @@ class Child:
             stderr=self._log,
             text=True,
             encoding="utf-8",
-            env=environment(threads),
+            env={**environment(threads), **_without_extras(peer)},
         )
         self._answers: queue.Queue[str | None] = queue.Queue()
         self._reader = threading.Thread(target=self._read, daemon=True)

@@ -42,6 +42,7 @@ _REGISTRY: dict[str, tuple[str, str, str]] = {
     "numpy_planar": ("cpu", "gpuconv.engines.numpy_planar", "NumpyPlanar"),
     "numpy_taps": ("cpu", "gpuconv.engines.numpy_taps", "NumpyTaps"),
     "numpy_winograd": ("cpu", "gpuconv.engines.numpy_winograd", "NumpyWinograd"),
+    "numba_depthwise": ("cpu", "gpuconv.engines.numba_depthwise", "NumbaDepthwise"),
     "cuda_atomic": ("cuda", "gpuconv.engines.cuda_atomic", "CudaAtomic"),
 }
 

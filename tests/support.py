@@ -27,6 +27,7 @@ CPU_ENGINES = [
     "numpy_planar",
     "numpy_taps",
     "numpy_winograd",
+    "numba_depthwise",
 ]
 CUDA_ENGINES = ["cuda_atomic"]
 DTYPES = ["float64", "float32", "float16"]

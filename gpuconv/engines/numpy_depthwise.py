@@ -52,7 +52,7 @@ class NumpyDepthwise(Engine):
         line = min(LINE, problem.out_channels * problem.out_shape[-1])
         loops = problem.flops / 2 / line
         seconds = problem.flops / 2 * size / 4 / rate.einsum + 1e-8 * loops
-        seconds += (3 * problem.bytes + count * line * problem.taps * size) / rate.copy
+        seconds += (problem.bytes + count * line * problem.taps * size) / rate.copy
         return 2e-5 + (seconds + 25 * rate.call * count) / workers
 
     def workspace(self, problem: ConvProblem, pass_: Pass) -> int:

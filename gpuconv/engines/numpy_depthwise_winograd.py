@@ -104,7 +104,7 @@ class NumpyDepthwiseWinograd(Engine):
         seconds = products * size / 4 / rate.einsum + 1e-8 * products / line
         seconds += 2.5 * transforms / rate.product(size)
         count = max(1.0, math.prod(problem.y_shape) / BLOCK)
-        moved = 3.0 * problem.bytes + 3 * outputs * (method.n + method.m) * size
+        moved = 1.0 * problem.bytes + 1.5 * outputs * (method.n + method.m) * size
         moved += count * line * method.n * problem.kernel[1] * size
         return 3e-5 + (seconds + moved / rate.copy + 30 * rate.call * count) / workers
 
