@@ -12,14 +12,12 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
-
 from gpuconv import dispatch
 from gpuconv.activations import Activation
 from gpuconv.device import namespace
 from gpuconv.engines.base import Engine, bias_grad, epilogue_grad
 from gpuconv.engines.epilogue import BLOCK, output_grad
-from gpuconv.engines.im2col import run_shares, wide_dtype, worker_count
+from gpuconv.engines.im2col import run_shares, scratch, wide_dtype, worker_count
 from gpuconv.engines.windows import Block, blocks
 from gpuconv.functional.passes import (
     check_arrays,
@@ -232,7 +230,7 @@ def _activation_grad(
         if activation is None:
             output_grad(dy, None, None, None, db)
             return dy
-        dz = np.empty(dy.shape, wide_dtype(dy.dtype.name))
+        dz = scratch.get("dz", dy.shape, wide_dtype(dy.dtype.name))
         output_grad(dy, y, activation, dz, db)
         return dz
     dz = dy if activation is None or y is None else epilogue_grad(dy, y, activation)
