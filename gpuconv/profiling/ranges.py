@@ -154,14 +154,12 @@ def watched(engine: Engine | None) -> Engine | None:
 _names: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
 
 
-def name_layers(layers: Iterable[Any], prefix: str = "") -> None:
+def name_layers(layers: Iterable[Any]) -> None:
     """Number the layers of a network, by which tables and ranges tell them apart."""
     for k, layer in enumerate(layers):
-        number = f"{prefix}{k}"
-        _names[layer] = f"{number} {describe(layer)}"
-        inner = getattr(layer, "layers", None)
-        if isinstance(inner, (list, tuple)):
-            name_layers(inner, f"{number}.")
+        for name, leaf in layer.leaves():
+            place = f"{k}.{name}" if name else str(k)
+            _names[leaf] = f"{place} {describe(leaf)}"
 
 
 def describe(layer: Any) -> str:

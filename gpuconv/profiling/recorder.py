@@ -300,12 +300,12 @@ class Recorder:
         return sorted({row.dtype for row in self.rows() if row.dtype})
 
 
-def _numbered(name: str) -> tuple[int, tuple[int, ...]]:
+def _numbered(name: str) -> tuple[int, int]:
     """Return a key that brings layers into the order of their numbers, parts of a step first."""
-    parts = name.split(" ")[0].split(".")
-    if all(p.isdigit() for p in parts) and " " in name:
-        return 1, tuple(map(int, parts))
-    return (0 if name == STEP else 2), ()
+    number = name.split(" ")[0].split(".")[0]
+    if number.isdigit() and " " in name:
+        return 1, int(number)
+    return (0 if name == STEP else 2), 0
 
 
 def _dtype(owner: Any) -> str:

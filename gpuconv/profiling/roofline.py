@@ -72,7 +72,7 @@ def draw(path: Path, rows: Sequence[Row], floors: Floors, title: str) -> bool:
     for row in longest:
         # Layers by their numbers: names would hide each other.
         number = row.name.split(" ")[0]
-        text = number if " " in row.name and number.replace(".", "").isdigit() else row.name
+        text = number if " " in row.name and number[:1].isdigit() else row.name
         axes.annotate(
             text, (row.flops / row.bytes, row.flops / row.seconds / 1e9),
             ha="center", va="center", fontsize=7,

@@ -12,6 +12,9 @@ import logging
 from typing import Any
 
 from gpuconv.device import namespace
+from gpuconv.layers import Dropout, Layer
+from gpuconv.models import Sequential
+from gpuconv.training.memory import has_batch_statistics
 from gpuconv.training.step import Step
 from gpuconv.training.transport import Capture
 from gpuconv.training.watch import leaves
@@ -21,6 +24,20 @@ __all__ = ["CapturedStep"]
 log = logging.getLogger("gpuconv")
 
 Array = Any
+
+
+def changing(net: Sequential) -> str:
+    """Return what in the network is another in every pass, so that no pass can be repeated."""
+    if has_batch_statistics(net):
+        return "the running statistics of its batch normalisation change in every pass"
+    if any(_drops(layer) for layer in net.layers):
+        return "dropout draws another mask for every pass"
+    return ""
+
+
+def _drops(layer: Any) -> bool:
+    inner = [v for v in vars(layer).values() if isinstance(v, Layer)]
+    return isinstance(layer, Dropout) or any(map(_drops, inner))
 
 
 class CapturedStep:
@@ -59,16 +76,20 @@ class CapturedStep:
         # Copies: the next replay writes to the same place.
         loss, correct = (a.copy() for a in self._found)
         for layer, gradients in zip(self._layers(), self._gradients, strict=True):
-            layer.replace_gradients(gradients)
+            layer.gradients.update(gradients)
         self._step.update(None)
         self._put_back()
         return loss, correct
 
     def _layers(self) -> list[Any]:
-        return list(leaves(self._step.net.layers))
+        return leaves(self._step.net)
 
     def _record(self, images: Array, labels: Array) -> None:
         """Capture the passes over a batch of this size; where that fails, say so and go on without."""
+        why = changing(self._step.net)
+        if why:
+            self._give_up(why)
+            return
         xp = namespace(images)
         # Copies of both: what the feeder gives is overwritten by later batches.
         self._images, self._labels = images.copy(), labels.copy()

@@ -256,8 +256,7 @@ def fit(
                 f"{name}: labels hold {int(labels.max())}; expected classes 0 to {out[-1] - 1}, "
                 "the network's outputs"
             )
-    place = net.layers[0].device
-    assert place is not None
+    place: Device = leaves(net)[0].device
     if cuda_graph and place.kind == "cpu":
         raise ValueError("cuda_graph is True; expected False, as the network is on the CPU")
     run = _Run(
@@ -283,7 +282,7 @@ def _interval(net: Sequential, wanted: int | None, place: Device, cuda_graph: bo
     """Return the steps between two readings of the loss."""
     if wanted is not None:
         integer("interval", wanted, 1)
-    follows = any(layer.optimizer.lr_scheduler.needs_loss for layer in leaves(net.layers))
+    follows = any(layer.optimizer.lr_scheduler.needs_loss for layer in leaves(net))
     if follows:
         if cuda_graph:
             raise ValueError("cuda_graph is True; the learning rate follows the loss of each step")

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from gpuconv import settings
 from gpuconv.cuda import runtime
 from gpuconv.device import Device
+from gpuconv.layers import BatchNorm1D, BatchNorm2D
 from gpuconv.models import Sequential
 from gpuconv.training.watch import leaves
 
@@ -80,8 +81,8 @@ def room_for(place: Device) -> Room:
 def has_batch_statistics(net: Sequential) -> bool:
     """Return whether any layer's result for an example depends on the others of its batch."""
     return any(
-        getattr(layer, "batch_statistics", False) or type(layer).__name__.startswith("BatchNorm")
-        for layer in leaves(net.layers)
+        isinstance(leaf, (BatchNorm1D, BatchNorm2D)) or getattr(leaf, "batch_statistics", False)
+        for leaf in leaves(net)
     )
 
 

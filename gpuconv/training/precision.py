@@ -20,6 +20,7 @@ from gpuconv.device import asarray, asnumpy, namespace
 from gpuconv.losses import CrossEntropy
 from gpuconv.models import Sequential
 from gpuconv.profiling import ranges
+from gpuconv.training.watch import leaves, named_leaves
 
 __all__ = ["HALVES", "Full", "Mixed", "Precision", "UnderflowError", "precision_for"]
 
@@ -136,28 +137,27 @@ class Mixed:
         Whether it did is known on the host only after the device: in float16 a step waits here.
         """
         self._hold(net)
-        names = [(k, layer, name) for k, layer in enumerate(net.layers) for name in layer.gradients]
         wide = {
-            (k, name): layer.gradients[name].astype("float32") * np.float32(1 / self.scale)
-            for k, layer, name in names
-            if layer.trainable
+            f"{place}.{name}": gradient.astype("float32") * np.float32(1 / self.scale)
+            for place, leaf in named_leaves(net)
+            for name, gradient in leaf.gradients.items()
+            if leaf.trainable
         }
         if self.scaled and not _all_finite(list(wide.values())):
             net.flush_gradients()
             self._overflowed()
             return
-        for k, layer in enumerate(net.layers):
-            if not layer.trainable:
-                layer.discard()
+        for place, leaf in named_leaves(net):
+            if not leaf.trainable:
                 continue
-            with ranges.of(layer, "update"):
-                layer.optimizer.step()
-                for name in list(layer.gradients):
-                    key = f"{k}.{name}"
-                    master = layer.optimizer(self.masters[key], wide[k, name], name, loss)
+            with ranges.of(leaf, "update"):
+                leaf.optimizer.step()
+                for name in leaf.gradients:
+                    key = f"{place}.{name}"
+                    master = leaf.optimizer(self.masters[key], wide[key], name, loss)
                     self.masters[key] = master
-                    layer.parameters[name] = master.astype(self.dtype)
-                layer.discard()
+                    leaf.parameters[name] = master.astype(self.dtype)
+        net.flush_gradients()
         self.good += 1
         if self.scaled and self.good >= self.growth:
             self._rescale(self.scale * 2)
@@ -178,7 +178,8 @@ class Mixed:
     def _hold(self, net: Sequential) -> None:
         """Make the masters from the parameters, where there are none yet."""
         if not self.masters:
-            self.masters = {n: v.astype("float32") for n, v in net.parameters.items()}
+            own = net.parameters
+            self.masters = {name: own[name].astype("float32") for name in net.gradients}
 
     # ------------------------------------------------------------------------------ its state
 
@@ -201,7 +202,7 @@ class Mixed:
         if not isinstance(values, Mapping) or set(values) != {"scale", "good", "skipped"}:
             raise ValueError(f"scaling is {values!r}; expected scale, good and skipped")
         own = net.parameters
-        if set(masters) != set(own):
+        if set(masters) != set(net.gradients):
             raise ValueError("master weights are not those of the network")
         for name, value in masters.items():
             if value.dtype != np.float32 or tuple(value.shape) != tuple(own[name].shape):
@@ -213,7 +214,7 @@ class Mixed:
         self.good, self.skipped = (integer(n, values[n], 0) for n in ("good", "skipped"))
         self.scale = scale
         self._factor = None
-        device = net.layers[0].device
+        device = leaves(net)[0].device
         self.masters = {n: asarray(np.array(v), device) for n, v in masters.items()}
 
 

@@ -54,10 +54,11 @@ class Step:
 
     def __init__(self, net: Sequential, precision: Precision, room: Room | None = None) -> None:
         self.net, self.precision = net, precision
-        device = net.layers[0].device
-        assert device is not None
-        whole = has_batch_statistics(net)
-        self.split = Splitter(room or room_for(device), whole, net.flush_gradients)
+        self._leaves = leaves(net)
+        self._whole = has_batch_statistics(net)
+        self._before: list[dict[str, Array]] = []
+        room = room or room_for(self._leaves[0].device)
+        self.split = Splitter(room, self._whole, self._reset)
 
     def __call__(self, images: Array, labels: Array) -> tuple[Array, Array]:
         """Take a step; return the mean loss before it and the right answers, on the device."""
@@ -92,6 +93,8 @@ class Step:
             looks at the loss before it.
         """
         size = len(images)
+        if self._whole:  # running statistics move in the forward pass
+            self._before = [dict(leaf.parameters) for leaf in self._leaves]
         parts: list[tuple[Array, Array]] = []
         sums: list[dict[str, Array]] = []
 
@@ -107,14 +110,24 @@ class Step:
 
         self.split(compute, size)
         if sums:
-            for layer, total in zip(leaves(self.net.layers), sums, strict=True):
-                layer.replace_gradients(total)
+            for leaf, total in zip(self._leaves, sums, strict=True):
+                leaf.gradients.update(total)
         if len(parts) == 1:
             return parts[0]
         loss, correct = parts[0]
         for more, right in parts[1:]:
             loss, correct = loss + more, correct + right
         return loss, correct
+
+    def _reset(self) -> None:
+        """Forget what a failed attempt has left."""
+        # Everything is let go of before anything is made anew: there is no room for both.
+        for leaf in self._leaves:
+            leaf.X, leaf.derived_variables = [], leaf._no_derived()
+            leaf.gradients.clear()
+        self.net.flush_gradients()
+        for leaf, before in zip(self._leaves, self._before, strict=False):
+            leaf.parameters.update(before)
 
     def _part(self, images: Array, labels: Array, share: float, check: bool) -> tuple[Array, Array]:
         """Compute a part's gradients, times its share of the batch; so also its loss."""
@@ -132,8 +145,8 @@ class Step:
 
     def _gather(self, sums: list[dict[str, Array]]) -> None:
         """Add the gradients to those of earlier parts, and let go of what the part retained."""
-        for k, layer in enumerate(leaves(self.net.layers)):
-            found = dict(layer.gradients)
+        for k, leaf in enumerate(self._leaves):
+            found = dict(leaf.gradients)
             if k == len(sums):
                 sums.append(found)
             else:

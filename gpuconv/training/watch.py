@@ -8,7 +8,7 @@ are references: optimizers make new arrays and leave the old ones as they are.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from gpuconv.device import namespace
@@ -16,20 +16,24 @@ from gpuconv.losses import CrossEntropy
 from gpuconv.models import Sequential
 from gpuconv.profiling import ranges
 
-__all__ = ["Watch", "leaves", "origin_in_forward"]
+__all__ = ["Watch", "leaves", "named_leaves", "origin_in_forward"]
 
 Array = Any
 Fetch = Callable[[int, int], tuple[Array, Array]]
 
 
-def leaves(layers: Any) -> Iterator[Any]:
-    """Yield the layers that have no layers inside."""
-    for layer in layers:
-        inner = getattr(layer, "layers", None)
-        if isinstance(inner, (list, tuple)):
-            yield from leaves(inner)
-        else:
-            yield layer
+def leaves(net: Sequential) -> list[Any]:
+    """Return the layers that hold parameters, those inside of modules and wrappers too."""
+    return [leaf for _, leaf in named_leaves(net)]
+
+
+def named_leaves(net: Sequential) -> list[tuple[str, Any]]:
+    """Return the same with their places, by which ``net.parameters`` names what they hold."""
+    return [
+        (f"{k}.{name}" if name else str(k), leaf)
+        for k, layer in enumerate(net.layers)
+        for name, leaf in layer.leaves()
+    ]
 
 
 def _finite(a: Array) -> bool:
@@ -63,7 +67,7 @@ class Watch:
     def keep(self, epoch: int, step: int) -> None:
         """Note the state before a step; called where the loss was just looked at."""
         parts: list[Any] = []
-        for layer in leaves(self._net.layers):
+        for layer in leaves(self._net):
             values = layer.parameters
             held = {k: v.copy() for k, v in values.items()} if self._in_place else dict(values)
             parts.append((held, None if self._interval == 1 else _remembered(layer.optimizer)))
@@ -90,7 +94,7 @@ class Watch:
         """
         before: str | None = None
         for first_epoch, first_step, parts in self._kept:
-            for layer, (held, memory) in zip(leaves(self._net.layers), parts, strict=True):
+            for layer, (held, memory) in zip(leaves(self._net), parts, strict=True):
                 layer.parameters.update(held)
                 if memory is not None:
                     layer.optimizer.__dict__.update(memory)
