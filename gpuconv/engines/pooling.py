@@ -314,7 +314,12 @@ def _max_grad(
 
 
 def _plain(xp: Any, value: Array, grad: Array) -> bool:
-    """Return whether gradients are finite (or nearly too large), and values no NaN."""
+    """Return whether gradients are finite (or nearly too large), and values no NaN.
+
+    On a GPU no look is taken, for the host would wait for the device: False, the general way.
+    """
+    if xp is not np:
+        return False
     value, grad = value.reshape(-1), grad.reshape(-1)
     return math.isfinite(xp.dot(grad, grad)) and not math.isnan(xp.dot(value, value))
 
