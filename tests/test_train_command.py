@@ -327,7 +327,7 @@ def test_divergence_later_keeps_the_last_good_state(
     said = capsys.readouterr().err
     assert (
         "the loss is nan at step 1 of epoch 3; NaN or infinity first appeared in layer 0 (Conv2D "
-        "32 3x3) (W), before step 1 of epoch 3; the state of the end of epoch 2 is kept"
+        "32 3x3) (W), around step 1 of epoch 3; the state of the end of epoch 2 is kept"
     ) in said
     assert (here / "a" / run.CHECKPOINT).read_bytes() == kept[1]
     assert [line["epoch"] for line in metrics(here / "a")] == [1, 2]

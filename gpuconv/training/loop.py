@@ -28,7 +28,7 @@ from gpuconv.training.graph import CapturedStep
 from gpuconv.training.precision import Full, Precision, UnderflowError
 from gpuconv.training.step import Step, Tally
 from gpuconv.training.transport import Capture, CudaCapture
-from gpuconv.training.watch import Watch, leaves, origin_in_forward
+from gpuconv.training.watch import Watch, bad_parameter, leaves, origin_in_forward
 
 __all__ = ["DivergedError", "EpochEnd", "EpochRecord", "Event", "Progress", "StepBegin", "StepEnd", "fit"]  # fmt: skip
 
@@ -274,7 +274,7 @@ def fit(
     while now.epoch < epochs and not stop():
         if not run.epoch(now, stop):
             return now
-        _finish_epoch(net, held_x, asnumpy(validation[1]), now, on_event)
+        run.validate(held_x, asnumpy(validation[1]), now)
     return now
 
 
@@ -316,7 +316,7 @@ class _Run:
         self._captured = None if capture is None else CapturedStep(self._step, capture)
         late = interval > 1 or capture is not None
         self._checked = not late
-        self._watch = Watch(net, interval if not late else max(2, interval), capture is not None)
+        self._watch = Watch(net, capture is not None)
         self._tally = Tally()
 
     def epoch(self, now: Progress, stop: Callable[[], bool]) -> bool:
@@ -331,6 +331,7 @@ class _Run:
                     self._watch.keep(now.epoch, now.step)
                 with ranges.part(STEP, REST):
                     loss = self._take(batches, order, now)
+                self._watch.taken(now.epoch, now.step - 1)
                 now.seconds += time.perf_counter() - begin
                 self._on_event(
                     StepEnd(
@@ -403,48 +404,53 @@ class _Run:
 
     def _diverged(self, loss: float, order: Array, now: Progress) -> NoReturn:
         """Say where the bad loss began."""
-
-        def fetch(epoch: int, step: int) -> tuple[Array, Array]:
-            mine = order if epoch == now.epoch else epoch_order(self._count, self._seed, epoch)
-            images, labels = self._feeder.fetch(mine, self._size, step)
-            images = self._augmented(images, epoch, step)
-            return self._step.precision.images(images), labels
-
-        scaled = self._step.precision.scaled
-        with np.errstate(over="ignore", invalid="ignore"):
-            origin = self._watch.origin(fetch, now.epoch, now.step, not scaled)
+        origin = self._origin(order, now.epoch, now.step, not self._checked)
         raise DivergedError(
             f"the loss is {loss} at step {now.step + 1} of epoch {now.epoch + 1}; NaN or infinity "
             f"first appeared in {origin}"
         )
 
+    def _origin(self, order: Array, epoch: int, step: int, updated: bool) -> str:
+        """Take the last steps again, and return in words where a bad number came from."""
 
-def _finish_epoch(
-    net: Sequential, x: Array, y: Array, now: Progress, on_event: Callable[[Event], object]
-) -> None:
-    """Validate, and put the epoch into the history."""
-    begin = time.perf_counter()
-    with np.errstate(over="ignore", invalid="ignore"):
-        held = evaluate(net, x, y)
-        if not math.isfinite(held.loss):
-            origin = origin_in_forward(net, x)
-            where = origin if isinstance(origin, str) else "the loss"
-            raise DivergedError(
-                f"the validation loss is {held.loss} after epoch {now.epoch + 1}; NaN or infinity "
-                f"first appeared in {where}"
-            )
-    record = EpochRecord(
-        epoch=now.epoch + 1,
-        train_loss=now.loss_sum / now.seen,
-        train_accuracy=now.correct / now.seen,
-        validation_loss=held.loss,
-        validation_accuracy=held.accuracy,
-        seconds=now.seconds + time.perf_counter() - begin,
-    )
-    now.history.append(record)
-    now.epoch += 1
-    now.step, now.loss_sum, now.correct, now.seen, now.seconds = 0, 0.0, 0, 0, 0.0
-    on_event(EpochEnd(record, now))
+        def fetch(which: int, number: int) -> tuple[Array, Array]:
+            mine = order if which == epoch else epoch_order(self._count, self._seed, which)
+            images, labels = self._feeder.fetch(mine, self._size, number)
+            images = self._augmented(images, which, number)
+            return self._step.precision.images(images), labels
+
+        backward = not self._step.precision.scaled
+        with np.errstate(over="ignore", invalid="ignore"):
+            return self._watch.origin(fetch, epoch, step, updated, backward)
+
+    def validate(self, x: Array, y: Array, now: Progress) -> None:
+        """Validate, and put the epoch into the history."""
+        begin = time.perf_counter()
+        net = self._step.net
+        with np.errstate(over="ignore", invalid="ignore"):
+            held = evaluate(net, x, y)
+            if not math.isfinite(held.loss):
+                origin = origin_in_forward(net, x)
+                if bad_parameter(net):  # by the last update, which no training step has looked at
+                    order = epoch_order(self._count, self._seed, now.epoch)
+                    origin = self._origin(order, now.epoch, self.steps - 1, True)
+                where = origin if isinstance(origin, str) else "the loss"
+                raise DivergedError(
+                    f"the validation loss is {held.loss} after epoch {now.epoch + 1}; NaN or "
+                    f"infinity first appeared in {where}"
+                )
+        record = EpochRecord(
+            epoch=now.epoch + 1,
+            train_loss=now.loss_sum / now.seen,
+            train_accuracy=now.correct / now.seen,
+            validation_loss=held.loss,
+            validation_accuracy=held.accuracy,
+            seconds=now.seconds + time.perf_counter() - begin,
+        )
+        now.history.append(record)
+        now.epoch += 1
+        now.step, now.loss_sum, now.correct, now.seen, now.seconds = 0, 0.0, 0, 0, 0.0
+        self._on_event(EpochEnd(record, now))
 
 
 def _check(name: str, images: Array, labels: Array) -> None:

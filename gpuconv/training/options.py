@@ -11,6 +11,7 @@ from typing import Any
 from gpuconv import dispatch
 from gpuconv.device import Device, DeviceError, device, parse_device
 from gpuconv.settings import get_num_threads, set_num_threads
+from gpuconv.tuning import autotune
 
 __all__ = [
     "add_compute", "between", "checked_settings", "choose_device", "count", "missing", "rate",
@@ -80,6 +81,11 @@ def add_compute(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--threads", type=count(1), metavar="N", help="threads on the CPU (one a core)"
     )
+    group.add_argument(
+        "--autotune",
+        action="store_true",
+        help="time the engines for each convolution that is met, and remember the fastest",
+    )
 
 
 def choose_device(wanted: str | None, engine: str | None) -> Device:
@@ -147,4 +153,6 @@ def checked_settings(
         if saved is None or args.device is not None:
             raise
         raise DeviceError(f"{error}; --device cpu goes on with the run on the CPU") from None
+    if args.autotune:
+        autotune(True)
     return where, {"device": str(where), "engine": engine, "threads": set_threads(threads)}

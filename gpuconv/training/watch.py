@@ -16,7 +16,7 @@ from gpuconv.losses import CrossEntropy
 from gpuconv.models import Sequential
 from gpuconv.profiling import ranges
 
-__all__ = ["Watch", "leaves", "named_leaves", "origin_in_forward"]
+__all__ = ["Watch", "bad_parameter", "leaves", "named_leaves", "origin_in_forward"]
 
 Array = Any
 Fetch = Callable[[int, int], tuple[Array, Array]]
@@ -52,17 +52,14 @@ class Watch:
     ----------
     net : Sequential
         The network that is trained.
-    interval : int
-        Steps after which the loss is looked at. With 1 it is looked at before the update, so
-        only the parameters of the step before have to be kept; else also what the optimizers
-        remember.
     in_place : bool
         Whether parameters are changed in place, so that they must be copied.
     """
 
-    def __init__(self, net: Sequential, interval: int = 1, in_place: bool = False) -> None:
-        self._net, self._interval, self._in_place = net, interval, in_place
+    def __init__(self, net: Sequential, in_place: bool = False) -> None:
+        self._net, self._in_place = net, in_place
         self._kept: list[tuple[int, int, list[Any]]] = []
+        self._last: dict[int, int] = {}  # of an epoch, the step taken last
 
     def keep(self, epoch: int, step: int) -> None:
         """Note the state before a step; called where the loss was just looked at."""
@@ -70,13 +67,18 @@ class Watch:
         for layer in leaves(self._net):
             values = layer.parameters
             held = {k: v.copy() for k, v in values.items()} if self._in_place else dict(values)
-            parts.append((held, None if self._interval == 1 else _remembered(layer.optimizer)))
-        # With 1: the step under way and the one before, whose update may be to blame.
-        self._kept = [*self._kept[-1:], (epoch, step, parts)] if self._interval == 1 else [
-            (epoch, step, parts)
-        ]  # fmt: skip
+            parts.append((held, _remembered(layer.optimizer)))
+        # The state at the last look, and the one before: the last update in between is looked at
+        # by the next step only.
+        self._kept = [*self._kept[-1:], (epoch, step, parts)]
 
-    def origin(self, fetch: Fetch, epoch: int, step: int, backward: bool = True) -> str:
+    def taken(self, epoch: int, step: int) -> None:
+        """Note that a step was taken."""
+        self._last = {k: v for k, v in self._last.items() if k >= epoch - 1} | {epoch: step}
+
+    def origin(
+        self, fetch: Fetch, epoch: int, step: int, updated: bool = False, backward: bool = True
+    ) -> str:
         """Take the kept steps again and return in words where the first bad number was.
 
         Parameters
@@ -84,7 +86,9 @@ class Watch:
         fetch : callable
             Given epoch and step, from 0, returns the images and labels of that step.
         epoch, step : int
-            Where the bad loss was seen.
+            The last step to take again.
+        updated : bool
+            Whether its update was taken.
         backward : bool
             Whether gradients that are not finite are amiss: under loss scaling they are not.
 
@@ -96,26 +100,30 @@ class Watch:
         for first_epoch, first_step, parts in self._kept:
             for layer, (held, memory) in zip(leaves(self._net), parts, strict=True):
                 layer.parameters.update(held)
-                if memory is not None:
-                    layer.optimizer.__dict__.update(memory)
-            before = _bad_parameter(self._net)
+                layer.optimizer.__dict__.update(memory)
+            before = bad_parameter(self._net)
             if before is not None:
                 continue  # an earlier update is to blame, and its step was kept before
-            last = step if first_epoch == epoch else first_step
-            for k in range(first_step, last + 1):
+            for k in range(first_step, self._end(first_epoch, epoch, step) + 1):
                 images, labels = fetch(first_epoch, k)
                 where = f", step {k + 1} of epoch {first_epoch + 1}"
                 found = self._step(images, labels, backward)
                 if found is not None:
                     return found + where
-                if self._interval == 1 and (first_epoch, k) == (epoch, step):
+                if not updated and (first_epoch, k) == (epoch, step):
                     break
                 found = self._update(backward)
                 if found is not None:
                     return found + where
         if before is not None:  # by nothing that a step does
-            return f"{before}, before step {step + 1} of epoch {epoch + 1}"
+            return f"{before}, around step {step + 1} of epoch {epoch + 1}"
         return "none of the last steps, when they are taken again"
+
+    def _end(self, first_epoch: int, epoch: int, step: int) -> int:
+        """Return the last step to take again from a state that was kept in ``first_epoch``."""
+        if first_epoch == epoch:
+            return step
+        return self._last.get(first_epoch, 0)
 
     def _step(self, images: Array, labels: Array, backward: bool) -> str | None:
         net = self._net
@@ -151,7 +159,7 @@ class Watch:
         return None
 
 
-def _bad_parameter(net: Sequential) -> str | None:
+def bad_parameter(net: Sequential) -> str | None:
     """Return the first parameter that holds NaN or infinity, in words."""
     for k, layer in enumerate(net.layers):
         for name, value in layer.parameters.items():
@@ -161,22 +169,22 @@ def _bad_parameter(net: Sequential) -> str | None:
 
 
 def _remembered(optimizer: Any) -> dict[str, Any]:
-    """Return an optimizer's state, its arrays by reference."""
+    """Return an optimizer's state by reference: each step it makes new arrays."""
     cache = {
         name: dict(entry) if isinstance(entry, dict) else entry
         for name, entry in optimizer.cache.items()
     }
-    scheduler = copy.deepcopy(optimizer.lr_scheduler)
-    return {
-        "cache": cache, "cur_step": optimizer.cur_step, "lr_scheduler": scheduler, "_rate": None,
-    }  # fmt: skip
+    found = {"cache": cache, "cur_step": optimizer.cur_step, "_rate": None}
+    if optimizer.lr_scheduler.needs_loss:  # the others remember nothing
+        found["lr_scheduler"] = copy.deepcopy(optimizer.lr_scheduler)
+    return found
 
 
 def origin_in_forward(net: Sequential, images: Array, retain: bool = False) -> Any:
     """Return where a forward pass first holds NaN or infinity, in words; else its result."""
     if not _finite(images):
         return "the images"
-    bad = _bad_parameter(net)
+    bad = bad_parameter(net)
     if bad is not None:
         return bad
     x = images
