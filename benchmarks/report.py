@@ -22,8 +22,12 @@ __all__ = [
     "geometric_mean",
     "markdown",
     "means",
+    "memory",
+    "number",
+    "overhead",
     "ratio",
     "spread",
+    "summary",
     "to_json",
     "write",
 ]
@@ -140,10 +144,10 @@ def markdown(result: dict[str, Any]) -> str:
             title = f"{dtype}, {PASS_TITLES[pass_]}"
             usual = [r for r in rows if r["kind"] != "call overhead"]
             if usual:
-                parts += [f"## {title}", _summary(result, usual), _shapes(result, usual)]
+                parts += [f"## {title}", summary(result, usual), _shapes(result, usual)]
     for name, make in (
-        ("Fixed cost of a call", _overhead),
-        ("Memory", _memory),
+        ("Fixed cost of a call", overhead),
+        ("Memory", memory),
         ("Cost against size", _scaling),
     ):
         text = make(result)
@@ -202,7 +206,7 @@ def _head(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _summary(result: dict[str, Any], rows: list[Row]) -> str:
+def summary(result: dict[str, Any], rows: list[Row]) -> str:
     """Return the geometric means over the suite and over each class."""
     peers = [p for p in compared(result) if any(ratio(r, p) is not None for r in rows)]
     if not peers:
@@ -211,7 +215,7 @@ def _summary(result: dict[str, Any], rows: list[Row]) -> str:
     kinds = [k for k in CLASSES if any(r["kind"] == k for r in rows)]
     table = [["layers", "number", *(label(p) for p in peers)]]
     for kind in ["all", *kinds]:
-        number = sum(kind in ("all", r["kind"]) for r in rows)
+        total = sum(kind in ("all", r["kind"]) for r in rows)
         cells = []
         for peer in peers:
             found = by_peer[peer].get(kind)
@@ -219,17 +223,17 @@ def _summary(result: dict[str, Any], rows: list[Row]) -> str:
                 cells.append("–")
                 continue
             mean, least, _, count = found
-            text = f"{_number(mean)} (least {_number(least)})" if count > 1 else _number(mean)
-            cells.append(text + (f" of {count}" if count < number else ""))
+            text = f"{number(mean)} (least {number(least)})" if count > 1 else number(mean)
+            cells.append(text + (f" of {count}" if count < total else ""))
         name = "**all**" if kind == "all" else kind
-        table.append([name, str(number), *cells])
+        table.append([name, str(total), *cells])
     return "Geometric means of the ratios:\n\n" + format_table(table)
 
 
 def _shapes(result: dict[str, Any], rows: list[Row]) -> str:
     """Return a line for every layer."""
     peers = [p for p in compared(result) if any(ratio(r, p) is not None for r in rows)]
-    memory = any("extra" in r.get("memory", {}) for r in rows)
+    with_memory = any("extra" in r.get("memory", {}) for r in rows)
     head = [
         "layer",
         "",
@@ -241,7 +245,7 @@ def _shapes(result: dict[str, Any], rows: list[Row]) -> str:
         "engine",
         *(label(p) for p in peers),
     ]
-    table = [head + (["extra MiB"] if memory else [])]
+    table = [head + (["extra MiB"] if with_memory else [])]
     for row in rows:
         own = row["peers"].get("gpuconv", {})
         seconds = own.get("seconds")
@@ -261,7 +265,7 @@ def _shapes(result: dict[str, Any], rows: list[Row]) -> str:
             ", ".join(dict.fromkeys(own.get("engines", []))),
         ]
         cells += [_cell(row, peer) for peer in peers]
-        if memory:
+        if with_memory:
             cells.append(_mebibytes(row))
         table.append(cells)
     return format_table(table)
@@ -272,8 +276,8 @@ def _cell(row: Row, peer: str) -> str:
     if value is None or range_ is None:
         return _why(row["peers"].get(peer, {}))
     if row["peers"][peer]["samples"] == 1:
-        return _number(value)
-    return f"{_number(value)} ({_number(range_[0])}–{_number(range_[1])})"
+        return number(value)
+    return f"{number(value)} ({number(range_[0])}–{number(range_[1])})"
 
 
 def _why(found: dict[str, Any]) -> str:
@@ -288,14 +292,14 @@ def _mebibytes(row: Row) -> str:
     return "–" if extra is None else f"{extra / 2**20:.1f}"
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
     """Return three digits."""
     if value >= 100:
         return f"{value:.0f}"
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
-def _overhead(result: dict[str, Any]) -> str:
+def overhead(result: dict[str, Any]) -> str:
     """Return the times of the calls that are too small to be anything but overhead."""
     rows = [r for r in result["rows"] if r["kind"] == "call overhead"]
     peers = [p for p in result["peers"] if any("seconds" in r["peers"].get(p, {}) for r in rows)]
@@ -309,7 +313,7 @@ def _overhead(result: dict[str, Any]) -> str:
     return format_table(table)
 
 
-def _memory(result: dict[str, Any]) -> str:
+def memory(result: dict[str, Any]) -> str:
     """Return how far gpuconv's memory beyond inputs and outputs stays within its limit."""
     found = [
         (r["memory"]["extra"], r["memory"]["limit"], r["shape"], r["pass"])

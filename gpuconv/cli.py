@@ -131,13 +131,18 @@ def _profile(args: argparse.Namespace) -> int:
 def _explain_arguments(command: argparse.ArgumentParser) -> None:
     command.description = (
         "Print which engine would compute each pass of a convolution, what each engine is "
-        "predicted to cost, and why the others cannot. Nothing is computed."
+        "predicted to cost, and why the others cannot. Nothing is computed but with --autotune."
     )
     command.epilog = "example:  gpuconv explain 8,56,56,64 3,3,64,64 --padding 1"
     add = command.add_argument
     add("x", type=shape_argument, metavar="X", help="shape of the images, such as 8,56,56,64")
     add("w", type=shape_argument, metavar="W", help="shape of the kernels, such as 3,3,64,64")
     convolution_arguments(command)
+    add(
+        "--autotune",
+        action="store_true",
+        help="time the candidates on random arrays, and remember the fastest",
+    )
 
 
 def convolution_arguments(command: argparse.ArgumentParser) -> None:
@@ -172,9 +177,10 @@ def convolution_arguments(command: argparse.ArgumentParser) -> None:
 
 def _explain(args: argparse.Namespace) -> int:
     import gpuconv
+    from gpuconv import tuning
 
     try:
-        with gpuconv.engine(args.engine):
+        with gpuconv.engine(args.engine), gpuconv.autotune(args.autotune or tuning.is_on()):
             found = gpuconv.explain(
                 args.x, args.w, dtype=args.dtype, device=args.device, **convolution_options(args)
             )

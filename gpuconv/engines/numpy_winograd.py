@@ -222,15 +222,15 @@ class NumpyWinograd(Engine):
         size = wide_dtype(problem.dtype).itemsize
         filters = plan.factors * problem.in_channels * problem.out_channels * size
         filters = filters * plan.merged // problem.groups
+        together = _shared(problem, plan, workers, summed)
         tiles = max(
-            min(
-                problem.batch * g.rows.tiles,
-                _tile_rows(problem, plan, g, summed) if workers == 1 or not summed else 10**9,
-            )
+            min(problem.batch * g.rows.tiles, _tile_rows(problem, plan, g, summed))
             * g.columns.tiles
             for g in plan.grids
         )
-        return (2 * workers if summed else 1) * filters + workers * _bytes(problem, plan, tiles)
+        sums = (1 if together else 2 * workers) if summed else 1
+        blocks_held = 1 if together else workers
+        return (1 + sums) * filters + blocks_held * _bytes(problem, plan, tiles)
 
     # ------------------------------------------------------------------------------- the passes
 

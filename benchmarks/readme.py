@@ -1,0 +1,92 @@
+"""What the README quotes of the results: ``python -m benchmarks.readme`` writes it there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import slug
+from benchmarks.net import best_torch
+from benchmarks.report import PASS_TITLES, memory, number, overhead, summary
+
+__all__ = ["readme_section", "update_readme"]
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def readme_section(result: dict[str, Any], net: dict[str, Any] | None, folder: str) -> str:
+    """Return what the README quotes: the geometric means of the passes beside each peer."""
+    machine, options = result["machine"], result["options"]
+    versions = {n: v for f in result["peers"].values() for n, v in f.get("versions", {}).items()}
+    torch = f"PyTorch {versions['torch']}, " if "torch" in versions else ""
+    lines = [
+        f"On the CPU, {result['date'][:10]}: {machine['cpu']}, {options['threads']} threads, NumPy "
+        f"{versions.get('numpy', '')}, {torch}each peer in its own process, in turn. A number is a "
+        "peer's time over gpuconv's (above 1, gpuconv is the faster): the geometric mean over the "
+        "layers, in brackets the least. "
+        f"[All layers]({folder}/{slug(machine)}.md).",
+        "",
+    ]
+    for dtype in options["dtypes"]:
+        for pass_ in options["passes"]:
+            rows = [
+                r
+                for r in result["rows"]
+                if r["dtype"] == dtype and r["pass"] == pass_ and r["kind"] != "call overhead"
+            ]
+            if rows:
+                lines += [f"{dtype}, {PASS_TITLES[pass_]}:", ""]
+                lines += [*summary(result, rows).splitlines()[2:], ""]
+    calls = overhead(result)
+    if calls:
+        lines += ["The fixed cost of a call:", "", calls, ""]
+    held = memory(result)
+    if held:
+        lines += [held, ""]
+    if net is not None:
+        lines += [_net(net), ""]
+    return "\n".join(lines).rstrip()
+
+
+def _net(net: dict[str, Any]) -> str:
+    peer = best_torch(net)
+    if peer is None:
+        return ""
+    own, other = net["net"]["gpuconv"], net["net"][peer]
+    ratio = other["seconds"] / own["seconds"]
+    return (
+        "A training epoch of a plain conv net (six 3x3 convolutions of 32 to 128 channels, two max "
+        "pools, a dense layer, Adam; 32x32x3 images, batch 64), from the same weights to the same "
+        f"losses: PyTorch's time over gpuconv's is {number(ratio)}."
+    )
+
+
+def update_readme(readme: Path, results: Path) -> bool:
+    """Write what the results say between the README's marks; return whether it changed."""
+    text = readme.read_text(encoding="utf-8")
+    begin, end = "<!-- measured: begin -->", "<!-- measured: end -->"
+    head, rest = text.split(begin)
+    _, tail = rest.split(end)
+    whole = [
+        json.loads(f.read_text(encoding="utf-8"))
+        for f in sorted(results.glob("*.json"))
+        if not f.stem.endswith("-net")
+    ]
+    folder = results.relative_to(readme.parent).as_posix()
+    sections = []
+    for result in whole:
+        if "rows" not in result:
+            continue  # a GPU's check
+        nets = results / f"{slug(result['machine'])}-net.json"
+        net = json.loads(nets.read_text(encoding="utf-8")) if nets.exists() else None
+        sections.append(readme_section(result, net, folder))
+    made = f"{head}{begin}\n\n" + "\n\n".join(sections) + f"\n\n{end}{tail}"
+    if made != text:
+        readme.write_text(made, encoding="utf-8")
+    return made != text
+
+
+if __name__ == "__main__":
+    changed = update_readme(ROOT / "README.md", ROOT / "benchmarks" / "results")
+    print("README.md written" if changed else "README.md says so already")
