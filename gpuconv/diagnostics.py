@@ -208,14 +208,13 @@ def _profilers() -> list[tuple[str, str]]:
         return [("all", f"cannot be told: {error or type(error).__name__}")]
     rows = []
     for tool in tools.TOOLS:
-        path = seen.paths.get(tool, "not found")
-        why = tools.why_not(tool, seen)
         if tool == tools.BUILTIN:
             rows.append((tool, "always here"))
-        elif why is None:
-            rows.append((tool, f"{path}; supports the device"))
-        else:
-            rows.append((tool, f"{path}; {why}" if tool in seen.paths else why))
+            continue
+        why = tools.why_not(tool, seen)
+        verdict = "supports the device" if why is None else why
+        found = seen.paths.get(tool)
+        rows.append((tool, f"{found}; {verdict}" if found else f"not found; {verdict}"))
     cupti = _distribution(("cupti-python",))
     rows.append(("CUPTI", f"cupti-python {cupti[1]}" if cupti else "cupti-python is not installed"))
     rows.append(("choice", str(tools.choose(seen)).splitlines()[0]))

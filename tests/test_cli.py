@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from tests.commands import COMMON, command, environment, metrics
 from tests.small_images import CLASSES, images, save
 from tests.test_device import ROOT, WORKING, bare_environment, fake_cupy
 
-COMMANDS = ("train", "predict", "bench", "explain", "doctor")
+COMMANDS = ("train", "predict", "bench", "profile", "explain", "doctor")
 
 
 @pytest.fixture(autouse=True)
@@ -313,6 +314,9 @@ def test_doctor_without_cupy(tmp_path: Path) -> None:
     assert "cuda_atomic cuda not available: CuPy is not installed" in said
     assert "for CUDA: pip install 'gpuconv[cuda12]' or 'gpuconv[cuda13]'" in said
     assert "for gpuconv train: pip install 'gpuconv[train]'" in said
+    assert "nvprof not found; the CPU computes" in said
+    assert "builtin always here" in said
+    assert re.search(r"cpu .*\d+ cores?, [\d.]+ of [\d.]+ GiB free", said)
 
 
 def test_doctor_with_cupy_and_no_gpu() -> None:

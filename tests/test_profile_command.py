@@ -7,6 +7,7 @@ import os
 import re
 import stat
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ import pytest
 
 import gpuconv
 from gpuconv.cli import main
-from gpuconv.profiling import reports, tools
+from gpuconv.diagnostics import report
+from gpuconv.profiling import cupti, reports, tools
 from gpuconv.profiling.tools import Facts
 from tests.commands import COMMON
+from tests.cuda_on_cpu import compiler_available, stand_in
 from tests.small_images import save
 
 REPORTS = Path(__file__).parent / "profiler_reports"
@@ -303,6 +306,57 @@ def test_run_only_computes(capsys: pytest.CaptureFixture[str]) -> None:
     shape = ["bench", "2,9,9,4", "3,3,4,8", "--seconds", "0.01", *CPU]
     assert main(["profile", "--run-only", *shape]) == 0
     assert capsys.readouterr().out == ""
+
+
+def test_kernels_by_cupti(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a module in the place of cupti-python's that hands over records as that does."""
+    asked: list[Any] = []
+
+    def record(kind: str, name: str, start: int, end: int) -> Any:
+        return types.SimpleNamespace(kind=kind, name=name, start=start, end=end)
+
+    module: Any = types.ModuleType("cupti.cupti")
+    module.ActivityKind = types.SimpleNamespace(CONCURRENT_KERNEL="k", MEMCPY="c")
+    module.activity_register_callbacks = lambda *calls: asked.append(calls)
+    module.activity_enable = lambda kind: asked.append(("on", kind))
+    module.activity_disable = lambda kind: asked.append(("off", kind))
+    module.activity_flush_all = lambda flag: asked[0][1](
+        [record("k", "a", 0, 2000), record("c", "", 0, 500), record("k", "a", 5000, 6000)]
+    )
+    monkeypatch.setitem(sys.modules, "cupti", types.ModuleType("cupti"))
+    monkeypatch.setitem(sys.modules, "cupti.cupti", module)
+    assert cupti.available()
+    with cupti.KernelTimes() as times:
+        assert asked[0][0]() == (cupti.BUFFER, 0)
+        assert asked[1:] == [("on", "k"), ("on", "c")]
+    assert asked[3:] == [("off", "k"), ("off", "c")]
+    first, second = times.kernels
+    assert (first.name, first.calls, first.seconds) == ("a", 2, pytest.approx(3e-6))
+    assert (second.name, second.most) == ("[memory copy]", pytest.approx(5e-7))
+    monkeypatch.setitem(sys.modules, "cupti.cupti", None)
+    assert not cupti.available()
+
+
+def test_doctor_tells_devices_and_profilers(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the kernels' stand-in for a GPU of compute capability 8.0 under CUDA 12."""
+    if reason := compiler_available():
+        pytest.skip(reason)
+    monkeypatch.delenv("GPUCONV_DEVICE")
+    monkeypatch.setattr(tools, "find", {"nvprof": "/n/nvprof", "nsys": "/n/nsys"}.get)
+    with stand_in():
+        said = [" ".join(line.split()) for line in report().splitlines()]
+    name = "CPU in the place of a GPU"
+    assert f"cuda:0 {name}, compute capability 8.0, 1 multiprocessors, 1.0 of 1.0 GiB free" in said
+    assert (
+        "nvprof /n/nvprof; it supports devices below compute capability 8.0; " + name + " has 8.0"
+    ) in said
+    assert "nsys /n/nsys; supports the device" in said
+    assert "ncu not found; it is not installed, or not on the PATH" in said
+    assert (
+        f"choice profiling with Nsight Systems (nsys): it supports {name}, compute capability 8.0, "
+        "CUDA 12"
+    ) in said
+    assert "cuda_atomic cuda available" in said
 
 
 WRONG: dict[str, tuple[list[str], str]] = {

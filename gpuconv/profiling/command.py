@@ -8,12 +8,13 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import gpuconv
 from gpuconv.device import Device, DeviceError
-from gpuconv.profiling import files, reports, tools, workload
+from gpuconv.profiling import cupti, files, reports, tools, workload
 from gpuconv.profiling.recorder import Recorder
 from gpuconv.training import options
 
@@ -172,12 +173,16 @@ def _builtin(
     if work is None:
         environment = {**os.environ, "GPUCONV_PROFILE": str(folder.resolve())}
         return _child(list(what), environment)
-    with Recorder(place, skip=SKIPPED) as recorder:
+    kernels = cupti.KernelTimes() if place.kind == "cuda" and cupti.available() else None
+    with kernels or nullcontext(), Recorder(place, skip=SKIPPED) as recorder:
         status = _run(what, work, place)
     if status == 0:
         print()
         title = f"gpuconv {' '.join(what[:2])}"
         files.write(recorder, folder, title=title)
+        if kernels is not None:
+            print("kernels, by CUPTI, the first steps too:")
+            print(reports.format_kernels(kernels.kernels))
     return status
 
 
