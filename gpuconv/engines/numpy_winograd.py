@@ -44,7 +44,7 @@ from gpuconv.engines.im2col import (
     worker_count,
 )
 from gpuconv.engines.rates import efficiency, rates
-from gpuconv.engines.toom_cook import Filtering, filtering
+from gpuconv.engines.toom_cook import LARGEST, Filtering, filtering
 from gpuconv.engines.windows import Axis, blocks, forward_axes, input_grad_phases
 from gpuconv.engines.winograd import (
     Block,
@@ -72,7 +72,7 @@ FEW_TILES = 96
 LARGE_FILTERS = 1_000_000
 #: Channels that a product should have at least; groups are put together up to it.
 CHANNELS = 32
-#: The largest tile side: beyond it rounding errors grow faster than anything is gained.
+#: The largest side of a square tile: beyond it rounding errors grow faster than anything is gained.
 LARGEST_TILE = 8
 
 
@@ -112,14 +112,14 @@ def _axes(problem: ConvProblem, backwards: bool) -> tuple[Axis, ...]:
     return axes if len(axes) == 2 else (Axis(1, 1, 1, 1, 1, 0), *axes)
 
 
-def _candidates(taps: int, outputs: int) -> list[Filtering]:
+def _candidates(taps: int, outputs: int, largest: int) -> list[Filtering]:
     """Return the methods to choose from on one axis."""
     if taps == 1:
         return [filtering(1, 1)]
     return [
         filtering(m, taps)
         for m in (2, 3, 4, 6)
-        if m + taps - 1 <= LARGEST_TILE and (m == 2 or m < 2 * outputs)
+        if m + taps - 1 <= largest and (m == 2 or m < 2 * outputs)
     ]
 
 
@@ -129,12 +129,18 @@ def _plan(problem: ConvProblem, backwards: bool) -> _Plan:
     axes = _axes(problem, backwards)
     merged = _merged(problem)
     found = []
-    for rows in _candidates(axes[0].taps, axes[0].count):
-        for columns in _candidates(axes[1].taps, axes[1].count):
+    largest = _largest(problem.kernel)
+    for rows in _candidates(axes[0].taps, axes[0].count, largest):
+        for columns in _candidates(axes[1].taps, axes[1].count, largest):
             methods = rows, columns
             plan = _Plan(axes, methods, grids(axes, methods), merged)
             found.append((_seconds(problem, plan, "input_grad" if backwards else "forward"), plan))
     return min(found, key=lambda pair: pair[0])[1]
+
+
+def _largest(kernel: tuple[int, ...]) -> int:
+    """Return the largest side of a tile; where one axis has all the taps, errors meet once."""
+    return LARGEST if sum(k > 1 for k in kernel) == 1 else LARGEST_TILE
 
 
 def _merged(problem: ConvProblem) -> int:
@@ -202,8 +208,9 @@ class NumpyWinograd(Engine):
             return f"it computes stride 1, not {problem.stride}"
         if problem.taps == 1:
             return "a kernel of one tap leaves nothing to save"
-        if max(problem.kernel) >= LARGEST_TILE:
-            return f"it computes kernels of up to {LARGEST_TILE - 1} taps an axis"
+        most = _largest(problem.kernel) - 1
+        if max(problem.kernel) > most:
+            return f"it computes such kernels of up to {most} taps an axis, not {problem.kernel}"
         if self.workspace(problem, pass_) > settings.get_workspace_limit():
             return "the filters' factors exceed the workspace limit"
         return None
