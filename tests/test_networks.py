@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
 import numpy as np
@@ -186,3 +187,57 @@ def test_frozen_blocks_keep_their_statistics() -> None:
 def test_wrong_calls(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# ---------------------------------------------------------------------------------- training
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_loop_trains_each(name: str, dtype: str) -> None:
+    from gpuconv.training.loop import fit
+    from gpuconv.training.precision import precision_for
+    from gpuconv.training.recipe import Recipe, make_network
+
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 36)
+    X = rng.standard_normal((36, 8, 8, 1)).astype("float32") * 0.3
+    X[np.arange(36), labels + 2] += 1
+    recipe = Recipe(epochs=4, batch_size=12, model=name, dtype=dtype)
+    assert Recipe.from_json(recipe.to_json()) == recipe
+    net = make_network(recipe, (8, 8, 1), 3, 36, "cpu")
+    assert [type(x) for x in net.layers] == [type(x) for x in make_model(name, (8, 8, 1), 3).layers]
+    done = fit(
+        net, (X, labels), (X, labels), epochs=4, batch_size=12, precision=precision_for(dtype)
+    )
+    assert done.history[-1].train_loss < done.history[0].train_loss
+
+
+def test_recipes_without_a_model_are_older_ones() -> None:
+    from gpuconv.training.recipe import Recipe
+
+    values = Recipe(lr=0.25).to_json()
+    del values["model"]
+    assert Recipe.from_json(values) == Recipe(lr=0.25)
+    with pytest.raises(ValueError, match=r"model is 'alexnet'; expected one of auto, lenet5"):
+        Recipe(model="alexnet")
+
+
+def test_a_bad_weight_within_a_block_is_named() -> None:
+    from gpuconv.training.loop import DivergedError, fit
+
+    model = resnet20((6, 6, 1), 3, optimizer="SGD", rng=0)
+    model.build((1, 6, 6, 1))
+    model[4].conv2.parameters["W"][0, 0, 0, 0] = np.nan
+    X, y = np.ones((6, 6, 6, 1), "float32"), np.array([0, 1, 2] * 2)
+    with pytest.raises(DivergedError, match=r"layer 4 \(.*\(conv2\.W\)"):
+        fit(model, (X, y), (X, y), epochs=1)
+
+
+def test_the_command_knows_them() -> None:
+    from gpuconv.training.command import add_arguments
+
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    choices = next(a.choices for a in parser._actions if "--model" in a.option_strings)
+    assert choices == ["auto", *MODELS]

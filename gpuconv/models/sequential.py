@@ -118,7 +118,7 @@ class Sequential:
     @property
     def dtype(self) -> str | None:
         """Return the parameters' dtype; None before there are any."""
-        found: list[str | None] = [leaf.dtype for _, leaf in self._leaves()]
+        found: list[str | None] = [leaf.dtype for _, leaf in self.leaves()]
         return next((dtype for dtype in found if dtype is not None), None)
 
     @property
@@ -211,7 +211,7 @@ class Sequential:
         for layer in self.layers:
             layer.unfreeze()
 
-    def _leaves(self) -> list[tuple[str, Any]]:
+    def leaves(self) -> list[tuple[str, Any]]:
         """Return the layers that hold parameters by number and, within a module, name."""
         return [
             (f"{k}.{name}" if name else str(k), leaf)
@@ -227,7 +227,7 @@ class Sequential:
         """
         return {
             f"{place}.{name}": value
-            for place, leaf in self._leaves()
+            for place, leaf in self.leaves()
             for name, value in leaf.parameters.items()
         }
 
@@ -236,7 +236,7 @@ class Sequential:
         """Return all gradients, named as the parameters."""
         return {
             f"{place}.{name}": value
-            for place, leaf in self._leaves()
+            for place, leaf in self.leaves()
             for name, value in leaf.gradients.items()
         }
 
@@ -305,7 +305,7 @@ class Sequential:
         """
         own = self.parameters
         _check_same(tensors, own)
-        for place, leaf in self._leaves():
+        for place, leaf in self.leaves():
             for name in leaf.parameters:
                 value = tensors[f"{place}.{name}"]
                 leaf.parameters[name] = asarray(np.array(asnumpy(value)), leaf.device)
@@ -314,13 +314,13 @@ class Sequential:
 
     def state(self) -> list[dict[str, Any]]:
         """Return the optimizers' counts and schedules as JSON values; see :meth:`load_state`."""
-        return [leaf.optimizer.state()[0] for _, leaf in self._leaves()]
+        return [leaf.optimizer.state()[0] for _, leaf in self.leaves()]
 
     def state_tensors(self) -> dict[str, np.ndarray[Any, Any]]:
         """Return the optimizers' arrays as NumPy arrays, by name."""
         return {
             f"{place}.{name}": np.array(asnumpy(value))
-            for place, leaf in self._leaves()
+            for place, leaf in self.leaves()
             for name, value in leaf.optimizer.state()[1].items()
         }
 
@@ -334,7 +334,7 @@ class Sequential:
         """
         if not isinstance(state, (list, tuple)):
             raise TypeError(f"state is a {type(state).__name__}; expected what state() returns")
-        leaves = self._leaves()
+        leaves = self.leaves()
         if len(state) != len(leaves):
             raise ValueError(f"state has {len(state)} entries; expected {len(leaves)}")
         for (place, leaf), part in zip(leaves, state, strict=True):

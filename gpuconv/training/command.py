@@ -44,6 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group("how to train")
     add = group.add_argument
+    add(
+        "--model",
+        choices=["auto", "lenet5", "resnet20", "vgg_small"],
+        help="the network (auto: blocks of convolutions, made for the size of the images)",
+    )
     add("--epochs", type=options.count(1), metavar="N", help="passes over the images (50)")
     add("--batch-size", type=options.count(1), metavar="N", help="images a step (32)")
     add("--lr", type=options.rate, metavar="RATE", help="highest learning rate (0.003)")
@@ -309,6 +314,8 @@ def _layers(config: dict[str, Any]) -> str:
     for layer in config["layers"]:
         if layer["layer"] == "Conv2D":
             words.append(f"conv {layer['out_ch']}")
+        elif layer["layer"] == "ResidualBlock":
+            words.append(f"residual {layer['out_ch']}")
         elif layer["layer"] == "Pool2D":
             words.append("pool " + "x".join(map(str, layer["kernel_shape"])))
         elif layer["layer"] == "FullyConnected":

@@ -10,13 +10,15 @@ from typing import Any
 from gpuconv.arguments import integer, real
 from gpuconv.device import Device
 from gpuconv.layers import Conv2D, Flatten, FullyConnected, Pool2D
-from gpuconv.models import Sequential
+from gpuconv.models import MODELS, Sequential, make_model
 from gpuconv.training.data import warp_images
 
 __all__ = ["DTYPES", "Recipe", "make_network", "make_optimizer", "network_layers"]
 
 #: That a network can be trained in.
 DTYPES = ("float16", "float32", "float64")
+#: The network made for the images' size.
+AUTO = "auto"
 #: Channels of the blocks of two convolutions each; further blocks repeat the last.
 _CHANNELS = (32, 64, 128)
 #: Blocks halve the image until no side is longer than this.
@@ -45,6 +47,9 @@ class Recipe:
         For the split, the first weights, the order of the images and what is done to them.
     dtype : str
         ``"float16"`` (with float32 master weights), ``"float32"`` or ``"float64"``.
+    model : str
+        ``"auto"``, the layers of :func:`network_layers`, or a name of
+        :data:`gpuconv.models.MODELS`.
     """
 
     epochs: int = 50
@@ -56,6 +61,7 @@ class Recipe:
     zoom: float = 0.1
     seed: int = 0
     dtype: str = "float32"
+    model: str = AUTO
 
     def __post_init__(self) -> None:
         integer("epochs", self.epochs, 1)
@@ -69,6 +75,10 @@ class Recipe:
         if self.dtype not in DTYPES:
             why = ": the layers do not compute in bfloat16" if self.dtype == "bfloat16" else ""
             raise ValueError(f"dtype is {self.dtype!r}; expected one of {', '.join(DTYPES)}{why}")
+        if self.model != AUTO and self.model not in MODELS:
+            raise ValueError(
+                f"model is {self.model!r}; expected one of {', '.join([AUTO, *MODELS])}"
+            )
 
     def augment(self, images: Any, epoch: int, step: int) -> Any:
         """Return a step's images, each moved, turned and zoomed at random."""
@@ -91,7 +101,8 @@ class Recipe:
             If a number is missing, unknown, or not allowed.
         """
         known = {field.name for field in fields(cls)}
-        if not isinstance(values, Mapping) or set(values) != known:
+        # Runs from before there were several networks do not say which one.
+        if not isinstance(values, Mapping) or set(values) | {"model"} != known:
             raise ValueError(f"recipe is {values!r}; expected the numbers {', '.join(known)}")
         return cls(**values)
 
@@ -144,11 +155,14 @@ def make_network(
     device: Device | str | None = None,
 ) -> Sequential:
     """Return the network of the recipe with its first weights and its optimizer."""
-    net = Sequential(
-        network_layers(image_shape, classes),
-        optimizer=make_optimizer(recipe, train_images),
-        rng=recipe.seed,
-        device=device,
-    )
+    options: dict[str, Any] = {
+        "optimizer": make_optimizer(recipe, train_images),
+        "rng": recipe.seed,
+        "device": device,
+    }
+    if recipe.model == AUTO:
+        net = Sequential(network_layers(image_shape, classes), **options)
+    else:
+        net = make_model(recipe.model, image_shape, classes, **options)
     net.build((1, *image_shape), recipe.dtype)
     return net

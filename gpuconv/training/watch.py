@@ -8,7 +8,7 @@ are references: optimizers make new arrays and leave the old ones as they are.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from gpuconv.device import namespace
@@ -39,6 +39,13 @@ def named_leaves(net: Sequential) -> list[tuple[str, Any]]:
 def _finite(a: Array) -> bool:
     xp = namespace(a)
     return bool(xp.isfinite(a).all())
+
+
+def _arrays(layer: Any, what: str) -> Iterator[tuple[str, Array]]:
+    """Yield a layer's parameters or gradients by name, those of a module's components too."""
+    for place, leaf in layer.leaves():
+        for name, value in getattr(leaf, what).items():
+            yield f"{place}.{name}" if place else name, value
 
 
 def _name(k: int, layer: Any) -> str:
@@ -139,7 +146,7 @@ class Watch:
         for k in range(len(net.layers) - 1, -1, -1):
             layer = net.layers[k]
             gradient = layer.backpropagate(gradient, layer.trainable, k > 0)
-            for name, value in layer.gradients.items():
+            for name, value in _arrays(layer, "gradients"):
                 if not _finite(value):
                     return f"{_name(k, layer)}, backward (gradient of {name})"
             if k > 0 and not _finite(gradient):
@@ -153,7 +160,7 @@ class Watch:
         for k, layer in enumerate(self._net.layers):
             if layer.trainable:
                 layer.update(1.0)
-            for name, value in layer.parameters.items():
+            for name, value in _arrays(layer, "parameters"):
                 if not _finite(value):
                     return f"{_name(k, layer)}, update ({name})"
         return None
@@ -162,7 +169,7 @@ class Watch:
 def bad_parameter(net: Sequential) -> str | None:
     """Return the first parameter that holds NaN or infinity, in words."""
     for k, layer in enumerate(net.layers):
-        for name, value in layer.parameters.items():
+        for name, value in _arrays(layer, "parameters"):
             if not _finite(value):
                 return f"{_name(k, layer)} ({name})"
     return None
