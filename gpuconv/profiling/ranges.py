@@ -68,13 +68,16 @@ class Sink(Protocol):
 class _Range:
     """A range under a sink. A class: a generator would cost several times as much, at every call."""
 
-    __slots__ = ("_args", "_sink")
+    __slots__ = ("_engines", "_owner", "_pass", "_problem", "_sink")
 
-    def __init__(self, sink: Sink, *args: Any) -> None:
-        self._sink, self._args = sink, args
+    def __init__(
+        self, sink: Sink, owner: Any, pass_: str, problem: ConvProblem | None, engines: str
+    ) -> None:
+        self._sink, self._owner, self._pass = sink, owner, pass_
+        self._problem, self._engines = problem, engines
 
     def __enter__(self) -> None:
-        self._sink.begin(*self._args)
+        self._sink.begin(self._owner, self._pass, self._problem, self._engines)
 
     def __exit__(
         self,

@@ -56,17 +56,25 @@ class Span:
     bytes: int
 
 
-@dataclass
 class _Frame:
-    """A range that is open."""
+    """A range. Made at every pass of every layer, so it is no dataclass."""
 
-    owner: Any
-    name: str
-    pass_: str
-    problem: ConvProblem | None
-    engines: str
-    start: Any
-    split: bool = False  # convolutions inside have ranges of their own
+    __slots__ = (
+        "depth", "end", "engines", "inner", "name", "owner", "pass_", "problem", "split", "start",
+        "work",
+    )  # fmt: skip
+
+    def __init__(
+        self, owner: Any, name: str, pass_: str, problem: ConvProblem | None, engines: str
+    ) -> None:
+        self.owner, self.name, self.pass_ = owner, name, pass_
+        self.problem, self.engines = problem, engines
+        self.split = False  # convolutions inside have ranges of their own
+        self.start: Any = None
+        self.end: Any = None
+        self.depth = 0
+        self.inner: bool | None = False
+        self.work = (0, 0)
 
 
 @dataclass
@@ -120,7 +128,8 @@ class Recorder:
         self.outside = 0.0
         self._mark = self.clock.mark
         self._stack: list[_Frame] = []
-        self._pending: list[tuple[_Frame, Any, int, bool | None, int, int]] = []
+        self._pending: list[_Frame] = []
+        self._labels: dict[int, tuple[Any, str]] = {}
         self._rows: dict[tuple[str, str], _Sum] = {}
         self._works: dict[tuple[int, str, int], tuple[int, int]] = {}
         self._origin: Any = None
@@ -147,34 +156,42 @@ class Recorder:
         """Open a range."""
         stack = self._stack
         if owner is not None:
-            name = ranges.label(owner)
+            found = self._labels.get(id(owner))
+            if found is None:  # the owner is kept, so that its id stays its own
+                found = self._labels[id(owner)] = owner, ranges.label(owner)
+            name = found[1]
         elif stack and stack[-1].name != STEP:
             name = stack[-1].name
         else:
             name = str(problem)
-        if not stack and name == STEP:
-            self._begun += 1
-        if problem is not None and stack:
+        if not stack:
+            if self._origin is None:
+                self._origin = self._mark()
+            if name == STEP:
+                self._begun += 1
+        elif problem is not None:
             stack[-1].split = True
-        if self._origin is None:
-            self._origin = self._mark()
-        stack.append(_Frame(owner, name, pass_, problem, engines, self._mark()))
+        frame = _Frame(owner, name, pass_, problem, engines)
+        stack.append(frame)
+        frame.start = self._mark()
 
     def end(self) -> None:
         """Close it."""
         mark, stack = self._mark(), self._stack
         frame = stack.pop()
-        if self._begun and self._begun <= self.skip:
+        if 0 < self._begun <= self.skip:
             return
-        inner: bool | None = bool(stack) and (stack[-1].name, stack[-1].pass_) == (
-            frame.name,
-            frame.pass_,
-        )
-        flops, moved = self._work(frame)
+        frame.end = mark
+        if frame.problem is not None or (type(frame.owner) is not str and not frame.split):
+            frame.work = self._work(frame)
+        if stack:
+            last = stack[-1]
+            frame.depth = len(stack)
+            frame.inner = last.name == frame.name and last.pass_ == frame.pass_
         # Where there are steps, the layers' rows are of these alone; the trace shows all.
         if self._begun and (stack[0] if stack else frame).name != STEP:
-            inner = None
-        self._pending.append((frame, mark, len(stack), inner, flops, moved))
+            frame.inner = None
+        self._pending.append(frame)
         if not stack and len(self._pending) >= PENDING:
             self._fold()
 
@@ -199,39 +216,38 @@ class Recorder:
     def _fold(self) -> None:
         """Add up what is pending, innermost first, as ranges end."""
         children = self._children
-        for frame, mark, depth, inner, flops, moved in self._pending:
-            seconds = self.clock.seconds(frame.start, mark)
+        for frame in self._pending:
+            depth = frame.depth
+            seconds = self.clock.seconds(frame.start, frame.end)
             while len(children) < depth + 2:
                 children.append(0.0)
             own = seconds - children[depth + 1]
             children[depth + 1] = 0.0
             children[depth] = children[depth] + seconds if depth else 0.0
-            if inner is not None:
-                self._add(frame, own, not inner, flops, moved)
+            if frame.inner is not None:
+                self._add(frame, own, not frame.inner)
             if depth == 0 and frame.name == STEP:
                 self.wall += seconds
                 self.steps += 1
             elif depth == 0:
                 self.outside += seconds
             if len(self.spans) < TRACED:
-                self.spans.append(self._span(frame, mark, depth, seconds, flops, moved))
+                self.spans.append(self._span(frame, seconds))
         self._pending.clear()
 
-    def _add(self, frame: _Frame, seconds: float, call: bool, flops: int, moved: int) -> None:
+    def _add(self, frame: _Frame, seconds: float, call: bool) -> None:
         """Add a range to its row."""
         row = self._rows.setdefault((frame.name, frame.pass_), _Sum({}))
         row.seconds += seconds
         row.calls += call
-        row.flops += flops
-        row.bytes += moved
+        row.flops += frame.work[0]
+        row.bytes += frame.work[1]
         for engine in frame.engines.split():
             row.engines.setdefault(engine)
         if not row.dtype:
             row.dtype = frame.problem.dtype if frame.problem else _dtype(frame.owner)
 
-    def _span(
-        self, frame: _Frame, mark: Any, depth: int, seconds: float, flops: int, moved: int
-    ) -> Span:
+    def _span(self, frame: _Frame, seconds: float) -> Span:
         host, zero = self.clock.host, self.clock.host(self._origin)
         return Span(
             frame.name,
@@ -241,10 +257,9 @@ class Recorder:
             self.clock.seconds(self._origin, frame.start),
             seconds,
             (host(frame.start) - zero) * 1e-9,
-            (host(mark) - host(frame.start)) * 1e-9,
-            depth,
-            flops,
-            moved,
+            (host(frame.end) - host(frame.start)) * 1e-9,
+            frame.depth,
+            *frame.work,
         )
 
     # ---------------------------------------------------------------------------- reporting
