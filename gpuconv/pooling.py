@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from gpuconv.device import Device, namespace
+from gpuconv.arguments import boolean
+from gpuconv.device import Device, device_of, namespace
 from gpuconv.engines import pooling as windowed
 from gpuconv.engines.pooling import Windows
 from gpuconv.functional.passes import check_arrays, check_out, native, on, overlap
@@ -85,14 +86,34 @@ def pool_grad(
     dy, y : ndarray
         Gradient with respect to the result, and the result.
     x, kernel, stride, pads, mode
-        As for :func:`pool`.
+        As for :func:`pool`. The values of ``x`` and ``y`` matter to a maximum only.
     """
+    xp = namespace(x)
     w = Windows(x.shape[1:-1], kernel, stride, pads, 1)
-    dx = namespace(x).empty(x.shape, dy.dtype)
-    if dx.size:
-        largest = mode == "max"
-        windowed.pool_grad(dy, x if largest else None, y if largest else None, dx, w, mode, "zeros")
+    if mode == "max" and any(map(any, pads)) and x.size:
+        # Zeros that take part, and may win: put there to be found.
+        inner = (slice(None), *(slice(p[0], p[0] + n) for n, p in zip(w.size, pads, strict=True)))
+        sizes = (n + sum(p) for n, p in zip(w.size, pads, strict=True))
+        padded = xp.zeros((x.shape[0], *sizes, x.shape[-1]), x.dtype)
+        padded[inner] = x
+        return pool_grad(dy, padded, y, kernel, stride, ((0, 0),) * len(pads), mode)[inner]
+    dx = xp.empty(x.shape, dy.dtype)
+    if not dx.size:
+        return dx
+    if mode == "max":
+        windowed.max_grad(dy, _largest(x, y.shape, w)[1], dx)
+    else:
+        windowed.mean_grad(dy, dx, w, "zeros")
     return dx
+
+
+def _largest(x: Array, shape: _Shape, w: Windows) -> tuple[Array, Array]:
+    """Return the maxima and where they are."""
+    xp = namespace(x)
+    y, indices = xp.empty(shape, x.dtype), xp.empty(shape, "int64")
+    if x.size:
+        windowed.pool_indices(x, y, indices, w)
+    return y, indices
 
 
 # ---------------------------------------------------------------------------- over any rank
@@ -128,9 +149,7 @@ def _real(x: Array) -> None:
 
 
 def _padded(count_include_pad: Any) -> str:
-    if not isinstance(count_include_pad, bool):
-        raise TypeError(f"count_include_pad is {count_include_pad!r}; expected True or False")
-    return "zeros" if count_include_pad else "outside"
+    return "zeros" if boolean("count_include_pad", count_include_pad) else "outside"
 
 
 def _pool(
@@ -143,11 +162,14 @@ def _pool(
     mode: str,
     padded: str,
     out: Array | None,
-) -> Array:
+    return_indices: bool = False,
+) -> Any:
     where = check_arrays({"x": x})
     if where is None:
         return dlpack.call(
-            lambda x, out: _pool(nd, x, kernel, stride, padding, layout, mode, padded, out),
+            lambda x, out: _pool(
+                nd, x, kernel, stride, padding, layout, mode, padded, out, return_indices
+            ),
             {"x": x, "out": out},
         )
     x = native(x)
@@ -156,6 +178,11 @@ def _pool(
     if out is not None:
         check_out(out, shape, x, where)
     with on(where):
+        if return_indices:
+            y, indices = _largest(x, shape, w)
+            if out is not None:
+                out[...] = y
+            return (y if out is None else out), indices
         y = out
         if y is None or overlap(y, x):
             y = namespace(x).empty(shape, x.dtype)
@@ -171,33 +198,47 @@ def _pool_backward(
     nd: int,
     dy: Array,
     x: Array,
-    y: Array | None,
+    indices: Array | None,
     kernel: Any,
     stride: Any,
     padding: Any,
     layout: Any,
 ) -> Array:
     """Return the gradient of a maximum."""
-    where = check_arrays({"dy": dy, "x": x, "y": y})
+    where = check_arrays({"dy": dy, "x": x})
     if where is None:
         return dlpack.call(
-            lambda dy, x, y: _pool_backward(nd, dy, x, y, kernel, stride, padding, layout),
-            {"dy": dy, "x": x, "y": y},
+            lambda dy, x, indices: _pool_backward(
+                nd, dy, x, indices, kernel, stride, padding, layout
+            ),
+            {"dy": dy, "x": x, "indices": indices},
         )
-    dy, x, y = native(dy), native(x), None if y is None else native(y)
+    dy, x = native(dy), native(x)
     _real(x)
     w, shape = _windows(nd, x.shape, kernel, stride, padding, layout)
     _result("dy", dy, shape)
-    if y is not None:
-        _result("y", y, shape)
+    if indices is not None:
+        _check_indices(indices, shape, x)
     with on(where):
         dx = namespace(x).empty(x.shape, x.dtype)
         if x.size:
-            if y is None:
-                y = namespace(x).empty(shape, x.dtype)
-                windowed.pool(x, y, w, "max", "outside")
-            windowed.pool_grad(dy, x, y, dx, w, "max", "outside")
+            if indices is None:
+                indices = _largest(x, shape, w)[1]
+            windowed.max_grad(dy, indices, dx)
     return dx
+
+
+def _check_indices(indices: Array, shape: _Shape, x: Array) -> None:
+    expected = f"the int64 array of shape {shape} that return_indices gave"
+    if device_of(indices) != device_of(x):
+        raise TypeError(f"indices is a {type(indices).__name__}; expected {expected}")
+    if indices.dtype != "int64":
+        raise TypeError(f"indices has dtype {indices.dtype}; expected {expected}")
+    if indices.shape != shape:
+        raise ValueError(f"indices has shape {indices.shape}; expected {expected}")
+    # Seen without a sign a negative one is too large as well.
+    if indices.size and int(indices.view("uint64").max()) >= x.size:
+        raise ValueError(f"indices reach beyond the {x.size} values of x; expected {expected}")
 
 
 def _mean_backward(
@@ -225,7 +266,7 @@ def _mean_backward(
     with on(where):
         dx = namespace(dy).empty(size, dy.dtype)
         if dx.size:
-            windowed.pool_grad(dy, None, None, dx, w, "average", padded)
+            windowed.mean_grad(dy, dx, w, padded)
     return dx
 
 
@@ -245,7 +286,8 @@ def max_pool2d(
     padding: Padding = 0,
     layout: str = "NHWC",
     out: Array | None = None,
-) -> Array:
+    return_indices: bool = False,
+) -> Any:
     """Return the maximum of every window.
 
     Parameters
@@ -264,19 +306,25 @@ def max_pool2d(
         Also ``"channels_last"`` and ``"channels_first"``.
     out : ndarray, optional
         Where to put the result.
+    return_indices : bool
+        Whether to return where the maxima are as well, for the gradient.
 
     Returns
     -------
     y : ndarray
         ``(batch, out_rows, out_columns, channels)``, in the layout of ``x``. NaN where a window
         has one.
+    indices : ndarray, with ``return_indices`` only
+        int64, of the shape of ``y``: an index into ``x.reshape(-1)``. The first of several cells
+        that share a maximum, in row-major order.
 
     Raises
     ------
     TypeError, ValueError
         If an argument is not as described.
     """
-    return _pool(2, x, kernel, stride, padding, layout, "max", "outside", out)
+    indexed = boolean("return_indices", return_indices)
+    return _pool(2, x, kernel, stride, padding, layout, "max", "outside", out, indexed)
 
 
 def max_pool2d_backward(
@@ -284,7 +332,7 @@ def max_pool2d_backward(
     x: Array,
     kernel: Ints,
     *,
-    y: Array | None = None,
+    indices: Array | None = None,
     stride: Ints | None = None,
     padding: Padding = 0,
     layout: str = "NHWC",
@@ -299,15 +347,15 @@ def max_pool2d_backward(
         The forward's input.
     kernel, stride, padding, layout
         As in the forward.
-    y : ndarray, optional
-        The forward's result; computed again if not given.
+    indices : ndarray, optional
+        Where the maxima are, as the forward returned it; found again if not given.
 
     Returns
     -------
     dx : ndarray
         Each window's gradient at its maximum; at the first of several, in row-major order.
     """
-    return _pool_backward(2, dy, x, y, kernel, stride, padding, layout)
+    return _pool_backward(2, dy, x, indices, kernel, stride, padding, layout)
 
 
 def avg_pool2d(
@@ -376,9 +424,11 @@ def max_pool1d(
     padding: Padding = 0,
     layout: str = "NWC",
     out: Array | None = None,
-) -> Array:
+    return_indices: bool = False,
+) -> Any:
     """Return the maximum of every window over one spatial axis; see :func:`max_pool2d`."""
-    return _pool(1, x, kernel, stride, padding, layout, "max", "outside", out)
+    indexed = boolean("return_indices", return_indices)
+    return _pool(1, x, kernel, stride, padding, layout, "max", "outside", out, indexed)
 
 
 def max_pool1d_backward(
@@ -386,13 +436,13 @@ def max_pool1d_backward(
     x: Array,
     kernel: Ints,
     *,
-    y: Array | None = None,
+    indices: Array | None = None,
     stride: Ints | None = None,
     padding: Padding = 0,
     layout: str = "NWC",
 ) -> Array:
     """Return the gradient of :func:`max_pool1d`; see :func:`max_pool2d_backward`."""
-    return _pool_backward(1, dy, x, y, kernel, stride, padding, layout)
+    return _pool_backward(1, dy, x, indices, kernel, stride, padding, layout)
 
 
 def avg_pool1d(
@@ -433,9 +483,11 @@ def max_pool3d(
     padding: Padding = 0,
     layout: str = "NDHWC",
     out: Array | None = None,
-) -> Array:
+    return_indices: bool = False,
+) -> Any:
     """Return the maximum of every window over three spatial axes; see :func:`max_pool2d`."""
-    return _pool(3, x, kernel, stride, padding, layout, "max", "outside", out)
+    indexed = boolean("return_indices", return_indices)
+    return _pool(3, x, kernel, stride, padding, layout, "max", "outside", out, indexed)
 
 
 def max_pool3d_backward(
@@ -443,13 +495,13 @@ def max_pool3d_backward(
     x: Array,
     kernel: Ints,
     *,
-    y: Array | None = None,
+    indices: Array | None = None,
     stride: Ints | None = None,
     padding: Padding = 0,
     layout: str = "NDHWC",
 ) -> Array:
     """Return the gradient of :func:`max_pool3d`; see :func:`max_pool2d_backward`."""
-    return _pool_backward(3, dy, x, y, kernel, stride, padding, layout)
+    return _pool_backward(3, dy, x, indices, kernel, stride, padding, layout)
 
 
 def avg_pool3d(

@@ -77,7 +77,11 @@ def agree(torch: Any, xp: Any, p: dict[str, Any]) -> None:
     y = call("max", nd)(x, p["kernel"], **options)
     same(y, want)
     same(call("max", nd, "_backward")(ours(dy), x, p["kernel"], **options), grad)
-    same(call("max", nd, "_backward")(ours(dy), x, p["kernel"], y=y, **options), grad)
+    again, indices = call("max", nd)(x, p["kernel"], return_indices=True, **options)
+    np.testing.assert_array_equal(host(again), host(y))
+    np.testing.assert_array_equal(host(x).reshape(-1)[host(indices)], host(y))
+    given = call("max", nd, "_backward")(ours(dy), x, p["kernel"], indices=indices, **options)
+    same(given, grad)
     for counted in (True, False):
         want = getattr(f, f"avg_pool{nd}d")(
             t, p["kernel"], p["stride"], p["padding"], count_include_pad=counted
@@ -106,7 +110,7 @@ def test_blocks_and_threads_change_nothing(
     try:
         got = [
             gpuconv.max_pool2d(x, 3, **options),
-            gpuconv.max_pool2d_backward(dy, x, 3, y=y, **options),
+            gpuconv.max_pool2d_backward(dy, x, 3, **options),
             gpuconv.avg_pool2d(x, 3, **options),
             gpuconv.avg_pool2d_backward(dy, shape, 3, **options),
         ]
@@ -146,10 +150,10 @@ def test_what_is_not_finite_stays_where_it_is(stride: int, special: float) -> No
     y = gpuconv.max_pool2d(x, 2, stride=stride)
     assert np.isnan(y).sum() == (np.isnan(special) * 4 if stride == 1 else np.isnan(special))
     dy = np.ones(y.shape)
-    dx = gpuconv.max_pool2d_backward(dy, x, 2, y=y, stride=stride)
+    dx = gpuconv.max_pool2d_backward(dy, x, 2, stride=stride)
     assert dx.sum() == dy.sum()
     dy[0, 0, 0] = np.inf
-    dx = gpuconv.max_pool2d_backward(dy, x, 2, y=y, stride=stride)
+    dx = gpuconv.max_pool2d_backward(dy, x, 2, stride=stride)
     assert not np.isnan(dx).any()
     assert np.isinf(dx).sum() == 2  # one cell a channel
 
@@ -166,7 +170,7 @@ def test_small_dtypes(dtype: str) -> None:
         np.testing.assert_array_equal(
             y.astype("float64"), gpuconv.max_pool2d(wide, 3, stride=2, padding=padding)
         )
-        dx = gpuconv.max_pool2d_backward(np.ones_like(y), x, 3, y=y, stride=2, padding=padding)
+        dx = gpuconv.max_pool2d_backward(np.ones_like(y), x, 3, stride=2, padding=padding)
         assert dx.dtype == x.dtype
         assert dx.astype("float64").sum() == y.size
         mean = gpuconv.avg_pool2d(x, 3, stride=2, padding=padding).astype("float64")
@@ -209,7 +213,17 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "dy of another shape": (lambda: gpuconv.max_pool2d_backward(X, X, 2), ValueError, "dy has shape"),
     "dy of another dtype": (
         lambda: gpuconv.max_pool2d_backward(OUT.astype("f4"), X, 2), TypeError, "dy has dtype float32 and x float64"),
-    "y of another shape": (lambda: gpuconv.max_pool2d_backward(OUT, X, 2, y=X), ValueError, "y has shape"),
+    "indices a list": (lambda: gpuconv.max_pool2d_backward(OUT, X, 2, indices=[1]), TypeError, "indices is a list"),
+    "indices of another dtype": (
+        lambda: gpuconv.max_pool2d_backward(OUT, X, 2, indices=OUT), TypeError, "indices has dtype float64"),
+    "indices of another shape": (
+        lambda: gpuconv.max_pool2d_backward(OUT, X, 2, indices=X.astype(int)), ValueError, "indices has shape"),
+    "indices beyond": (
+        lambda: gpuconv.max_pool2d_backward(OUT, X, 2, indices=OUT.astype(int) + X.size), ValueError, "indices reach"),
+    "indices negative": (
+        lambda: gpuconv.max_pool2d_backward(OUT, X, 2, indices=OUT.astype(int) - 8), ValueError, "indices reach"),
+    "return_indices 1": (
+        lambda: gpuconv.max_pool2d(X, 2, return_indices=1, out=OUT), TypeError, "return_indices is 1"),
     "x_shape a number": (lambda: gpuconv.avg_pool2d_backward(OUT, 3, 2), TypeError, "x_shape is 3"),
     "x_shape of another result": (
         lambda: gpuconv.avg_pool2d_backward(OUT, (2, 9, 9, 3), 2), ValueError, "dy has shape"),

@@ -284,10 +284,12 @@ def pooling_backward(
     with on(where):
         gx = namespace(x).empty(x.shape, x.dtype)
         if x.size:
-            largest = kind == "max"
-            windowed.pool_grad(
-                gy, x if largest else None, y if largest else None, gx, windows, kind, padded
-            )
+            if kind == "max":
+                values, indices = (namespace(x).empty(y.shape, t) for t in (y.dtype, "int64"))
+                windowed.pool_indices(x, values, indices, windows)
+                windowed.max_grad(gy, indices, gx)
+            else:
+                windowed.mean_grad(gy, gx, windows, padded)
     return gx
 
 

@@ -4,10 +4,9 @@ A maximum or a sum over a window is one over its rows, then one over its columns
 passes over the block in the place of ``k * k``. Cells of the padding are never stored; a tap
 that falls there has a shorter range.
 
-The gradient of a maximum has to find its cell again. The block's cells are copied to *planes*,
-one for each remainder of the index by the stride; seen flat, a tap is then an offset into a
-plane, so that every comparison and addition is one long loop, whichever axis is the channels'.
-The cells at the ends of a plane's lines, which belong to no window, have the gradient zero.
+Where a maximum lies is kept as the number of its tap, a byte, along the way: each axis takes
+over what the one before found. In the end it becomes an index into the input, and the gradient
+adds to the cells at these indices.
 
 On a CUDA device the block is the whole array.
 """
@@ -25,7 +24,7 @@ from gpuconv.device import namespace
 from gpuconv.engines.im2col import run_shares, scratch, wide_dtype, worker_count
 from gpuconv.engines.windows import blocks
 
-__all__ = ["Windows", "pool", "pool_grad"]
+__all__ = ["Windows", "max_grad", "mean_grad", "pool", "pool_indices"]
 
 Array = Any
 Ints = tuple[int, ...]
@@ -199,27 +198,144 @@ def _reduce(
                 combine(target, 0, out=target)
 
 
+def pool_indices(x: Array, y: Array, indices: Array, w: Windows) -> None:
+    """Write the maximum of every window into ``y``, and where it is into ``indices``.
+
+    Cells of the padding take no part. Of several cells that share a maximum the first in
+    row-major order is named; a NaN is the maximum of its window.
+
+    Parameters
+    ----------
+    x, y, w
+        As for :func:`pool`.
+    indices : ndarray
+        int64, of the shape of ``y``, contiguous: into the cells of ``x`` in C order.
+    """
+    xp = namespace(x)
+    steps = [math.prod(x.shape[axis + 1 :]) for axis in range(x.ndim)]
+    inside = steps[w.first : w.first + len(w.kernel)]
+    taps = itertools.product(*map(range, w.kernel))
+    offsets = xp.asarray([sum(t * n for t, n in zip(tap, inside, strict=True)) for tap in taps])
+    origins: dict[tuple[int, ...], Array] = {}
+
+    def work(images: slice, rows: tuple[int, int]) -> None:
+        part = w.rows(*rows)
+        source, cell = x[images], (images, *_at(w.first, slice(*rows))[1:])
+        if source.dtype.itemsize == 2:
+            source, part = _widened(xp, source, part)
+        value, code = _largest(xp, source, part, True)
+        if not math.isfinite(xp.dot(value.reshape(-1), value.reshape(-1))):
+            value, code = _largest(xp, source, part, False)
+        y[cell] = value
+        start = (images.start or 0) * steps[0] + rows[0] * w.stride[0] * inside[0]
+        origin = origins.get(value.shape)
+        if origin is None:
+            origin = origins[value.shape] = _origins(xp, value.shape, steps, w)
+        if xp is np:
+            found = _new(xp, "pool found", code.shape, offsets.dtype)
+            np.take(offsets + start, code, out=found, mode="clip")
+        else:
+            found = (offsets + start)[code]
+        xp.add(found, origin, out=indices[cell])
+
+    _by_blocks(xp, x, w, w.out[0], work)
+
+
+def _origins(xp: Any, shape: Ints, steps: list[int], w: Windows) -> Array:
+    """Return the index of each window's first cell, for a block at the start of the input."""
+    origin = xp.zeros((1,) * len(shape), "int64")
+    for axis, (count, step) in enumerate(zip(shape, steps, strict=True)):
+        spatial = 0 <= axis - w.first < len(w.kernel)
+        stride = w.stride[axis - w.first] if spatial else 1
+        before = w.before[axis - w.first] if spatial else 0
+        along = (xp.arange(count) * stride - before) * step
+        origin = origin + along.reshape(-1, *(1,) * (len(shape) - axis - 1))
+    return origin
+
+
+def _largest(xp: Any, source: Array, w: Windows, plain: bool) -> tuple[Array, Array]:
+    """Return the maxima of a block's windows and the numbers of their taps.
+
+    ``plain``: there is no NaN. A NaN is not less than anything, and nothing is more.
+    """
+    kind = "uint8" if math.prod(w.kernel) <= 256 else "int64"
+    code: Array | None = None
+    weight = 1
+    for axis in reversed(range(len(w.kernel))):
+        at = w.first + axis
+        shape = list(source.shape)
+        shape[at] = w.out[axis]
+        value = _new(xp, f"pool{axis % 2}", tuple(shape), source.dtype)
+        into = _new(xp, f"pool code{axis % 2}", tuple(shape), kind)
+        taps = w.taps(axis)
+        whole = [t for t, (r, _) in enumerate(taps) if r.stop - r.start == w.out[axis]]
+        if whole:
+            first = whole[0]
+            start: Array | None = source[_at(at, taps[first][1])]
+            into[...] = first * weight
+            if code is not None:
+                into += code[_at(at, taps[first][1])]
+        else:
+            first, start = len(taps), None
+            value.fill(-math.inf)
+            into.fill(0)
+        # Backwards from there where a tie goes to the earlier tap, then forwards.
+        for t in [*reversed(range(first)), *range(first + 1, len(taps))]:
+            outputs, cells = (_at(at, part) for part in taps[t])
+            if start is not None and t not in whole:
+                value[...] = start
+                start = None
+            found, target, place = source[cells], value[outputs], into[outputs]
+            if not found.size:
+                continue
+            best = target if start is None else start
+            better = _new(xp, "pool better", found.shape, bool)
+            (xp.greater_equal if t < first else xp.greater)(found, best, out=better)
+            if not plain:
+                better |= (found != found) & ((best == best) | (t < first))
+            xp.maximum(best, found, out=target)
+            start = None
+            _choose(xp, place, better, t * weight, None if code is None else code[cells])
+        if start is not None:
+            value[...] = start
+        source, code = value, into
+        weight *= w.kernel[axis]
+    assert code is not None
+    return source, code
+
+
+def _choose(xp: Any, place: Array, better: Array, number: int, code: Array | None) -> None:
+    """Put ``number`` plus ``code`` into ``place`` where it is better; bit by bit, which is quick."""
+    other = _new(xp, "pool other", place.shape, place.dtype)
+    if code is None:
+        other.fill(number)
+    else:
+        xp.add(code, xp.asarray(number, place.dtype), out=other)
+    if place.dtype != "uint8":
+        place[...] = xp.where(better, other, place)
+        return
+    other ^= place
+    mask = better.view("uint8")
+    xp.negative(mask, out=mask)
+    other &= mask
+    place ^= other
+
+
 # ---------------------------------------------------------------------------------- gradients
 
 
-def pool_grad(
-    dy: Array, x: Array | None, y: Array | None, dx: Array, w: Windows, mode: str, padded: str
-) -> None:
-    """Write the gradient of :func:`pool` into ``dx``.
-
-    A maximum that several cells share gives its gradient to the first, in row-major order.
+def mean_grad(dy: Array, dx: Array, w: Windows, padded: str) -> None:
+    """Write the gradient of a mean into ``dx``.
 
     Parameters
     ----------
     dy, dx : ndarray
         Gradients with respect to the result and to the input.
-    x, y : ndarray or None
-        Input and result; for a maximum only.
-    w, mode, padded
+    w, padded
         As for :func:`pool`.
     """
     xp = namespace(dy)
-    scale = _scale(xp, w, mode, padded, dy.dtype)
+    scale = _scale(xp, w, "average", padded, dy.dtype)
     s, before, k = w.stride[0], w.before[0], w.kernel[0]
 
     def work(images: slice, rows: tuple[int, int]) -> None:
@@ -230,17 +346,44 @@ def pool_grad(
         if high == low:
             target[...] = 0
             return
-        part = w.rows(low, high)
         inside = (images, *_at(w.first, slice(low, high))[1:])
-        if x is not None and y is not None:
-            _max_grad(xp, dy[inside], x[images], y[inside], target, part, rows, padded)
-            return
         share = _new(xp, "pool share", dy[inside].shape, wide_dtype(dy.dtype.name))
         factor = scale if isinstance(scale, float) else scale[_at(w.first, slice(low, high))]  # type: ignore[index]
         xp.multiply(dy[inside], factor, out=share)
-        _spread(xp, share, target, part, rows)
+        _spread(xp, share, target, w.rows(low, high), rows)
 
     _by_blocks(xp, dx, w, w.size[0], work)
+
+
+def max_grad(dy: Array, indices: Array, dx: Array) -> None:
+    """Add every output's gradient to the cell of ``dx`` that ``indices`` names.
+
+    Parameters
+    ----------
+    dy, indices : ndarray
+        Gradient with respect to the result, and what :func:`pool_indices` found.
+    dx : ndarray
+        The gradient with respect to the input, contiguous.
+    """
+    xp = namespace(dy)
+    wide = wide_dtype(dx.dtype.name)
+    total = dx if dx.dtype == wide else xp.empty(dx.shape, wide)
+    flat = total.reshape(-1)
+
+    def work(_: int, share: tuple[Any, ...]) -> None:
+        for (images,) in share:
+            part = slice(*images)
+            total[part] = 0
+            values = xp.ascontiguousarray(dy[part]).reshape(-1).astype(wide, copy=False)
+            xp.add.at(flat, xp.ascontiguousarray(indices[part]).reshape(-1), values)
+
+    if xp is np:
+        workers = worker_count(16 * dy.size)
+        run_shares(blocks((dy.shape[0],), dy.shape[0], workers), work)
+    else:
+        work(0, (((0, dy.shape[0]),),))
+    if total is not dx:
+        dx[...] = total
 
 
 def _spread(xp: Any, share: Array, dx: Array, w: Windows, rows: tuple[int, int]) -> None:
@@ -253,170 +396,24 @@ def _spread(xp: Any, share: Array, dx: Array, w: Windows, rows: tuple[int, int])
         shape[at] = size
         direct = final and dx.dtype == share.dtype
         into = dx if direct else _new(xp, f"pool{axis % 2}", tuple(shape), share.dtype)
-        into.fill(0)
         part = w.rows(0, w.out[0])
         part.size = (*w.size[:axis], size, *w.size[axis + 1 :])
         part.before = (*w.before[:axis], w.before[axis] + offset, *w.before[axis + 1 :])
-        for outputs, cells in part.taps(axis):
+        taps = part.taps(axis)
+        # The taps of one stride meet every cell once at most: what they meet needs no zero.
+        apart = w.stride[axis]
+        if sum(r.stop - r.start for r, _ in taps[:apart]) < size:
+            into.fill(0)
+        for t, (outputs, cells) in enumerate(taps):
             if outputs.stop > outputs.start:
                 target = into[_at(at, cells)]
-                if w.stride[axis] >= w.kernel[axis]:  # no cell belongs to two windows
+                if t < apart:
                     target[...] = share[_at(at, outputs)]
                 else:
                     target += share[_at(at, outputs)]
         share = into
     if share is not dx:
         dx[...] = share
-
-
-def _max_grad(
-    xp: Any,
-    dy: Array,
-    x: Array,
-    y: Array,
-    dx: Array,
-    w: Windows,
-    rows: tuple[int, int],
-    padded: str,
-) -> None:
-    """Give each output's gradient to the first cell of its window that has its value."""
-    if all(k <= s for k, s in zip(w.kernel, w.stride, strict=True)) and dx.dtype == x.dtype:
-        _apart(xp, dy, x, y, dx, w, rows, padded)
-        return
-    dtype = wide_dtype(dy.dtype.name)
-    first, nd = w.first, len(w.kernel)
-    extent = tuple(n + (k - 1) // s for n, k, s in zip(w.out, w.kernel, w.stride, strict=True))
-    shape = (*x.shape[:first], *extent, *x.shape[first + nd :])
-    lead = (slice(None),) * first
-    inner = (*lead, *(slice(0, n) for n in w.out))
-    value = _new(xp, "pool value", shape, dtype)
-    grad = _new(xp, "pool grad", shape, dtype)
-    if extent != w.out:
-        value.fill(0)
-        grad.fill(0)
-    value[inner], grad[inner] = y, dy
-    phases = [min(k, s) for k, s in zip(w.kernel, w.stride, strict=True)]
-    cells = _new(xp, "pool cells", (math.prod(phases), *shape), dtype)
-    sums = _new(xp, "pool sums", cells.shape, dtype)
-    reads = [w.taps(axis, extent[axis])[: phases[axis]] for axis in range(nd)]
-    if any(r.stop - r.start < n for each, n in zip(reads, extent, strict=True) for r, _ in each):
-        cells.fill(0 if padded == "zeros" else -math.inf)
-    for plane, ranges in zip(cells, itertools.product(*reads), strict=True):
-        plane[(*lead, *(a for a, _ in ranges))] = x[(*lead, *(b for _, b in ranges))]
-    _route(xp, w, phases, shape, value, grad, cells, sums)
-    reads[0] = [_within(*ends, rows) for ends in reads[0]]
-    size = (rows[1] - rows[0], *w.size[1:])
-    covered = math.prod(sum(r.stop - r.start for r, _ in each) for each in reads)
-    if covered < math.prod(size):
-        dx.fill(0)
-    for plane, ranges in zip(sums, itertools.product(*reads), strict=True):
-        dx[(*lead, *(b for _, b in ranges))] = plane[(*lead, *(a for a, _ in ranges))]
-
-
-def _plain(xp: Any, value: Array, grad: Array) -> bool:
-    """Return whether gradients are finite (or nearly too large), and values no NaN.
-
-    On a GPU no look is taken, for the host would wait for the device: False, the general way.
-    """
-    if xp is not np:
-        return False
-    value, grad = value.reshape(-1), grad.reshape(-1)
-    return math.isfinite(xp.dot(grad, grad)) and not math.isnan(xp.dot(value, value))
-
-
-def _apart(
-    xp: Any,
-    dy: Array,
-    x: Array,
-    y: Array,
-    dx: Array,
-    w: Windows,
-    rows: tuple[int, int],
-    padded: str,
-) -> None:
-    """:func:`_max_grad` where no cell belongs to two windows: straight from ``x`` to ``dx``."""
-    plain = _plain(xp, y, dy)
-    free = _new(xp, "pool free", y.shape, bool)
-    here = _new(xp, "pool here", y.shape, bool)
-    free.fill(True)
-    lead = (slice(None),) * w.first
-    taps = [w.taps(axis) for axis in range(len(w.kernel))]
-    inside = [[_within(*tap, rows) for tap in taps[0]], *taps[1:]]
-    covered = math.prod(sum(r.stop - r.start for r, _ in each) for each in inside)
-    if covered < (rows[1] - rows[0]) * math.prod(w.size[1:]):
-        dx.fill(0)
-    for reads, writes in zip(itertools.product(*taps), itertools.product(*inside), strict=True):
-        outputs = (*lead, *(r for r, _ in reads))
-        cell, met = x[(*lead, *(c for _, c in reads))], here[outputs]
-        if padded == "zeros" and met.size < here.size:  # a zero of the padding may win
-            outside = ~free
-            outside[outputs] = True
-            lost = ~outside & (y == 0)
-            free &= ~lost
-        xp.equal(cell, y[outputs], out=met)
-        if not plain:
-            met |= cell != cell
-        met &= free[outputs]
-        free[outputs] ^= met
-        to = (*lead, *(r for r, _ in writes))
-        into = dx[(*lead, *(c for _, c in writes))]
-        if plain:
-            xp.multiply(dy[to], here[to], out=into)
-        else:  # an infinite gradient must not turn to NaN where it does not go
-            into[...] = xp.where(here[to], dy[to], dy.dtype.type(0))
-
-
-def _within(outputs: slice, cells: slice, rows: tuple[int, int]) -> tuple[slice, slice]:
-    """Return the part of a tap that reads ``rows``, with its cells counted from there."""
-    step = cells.step
-    low = max(outputs.start, outputs.start - (cells.start - rows[0]) // step)
-    high = min(outputs.stop, outputs.start + (rows[1] - 1 - cells.start) // step + 1)
-    high = max(low, high)
-    start = cells.start + (low - outputs.start) * step - rows[0]
-    return slice(low, high), slice(start, start + (high - low) * step, step)
-
-
-def _route(
-    xp: Any,
-    w: Windows,
-    phases: list[int],
-    shape: Ints,
-    value: Array,
-    grad: Array,
-    cells: Array,
-    sums: Array,
-) -> None:
-    """Add each output's gradient to the plane of the first cell with its value, tap by tap."""
-    size = math.prod(shape)
-    steps = [math.prod(shape[w.first + axis + 1 :]) for axis in range(len(w.kernel))]
-    plain = _plain(xp, value, grad)
-    value, grad = value.reshape(-1), grad.reshape(-1)
-    cells, sums = cells.reshape(-1, size), sums.reshape(-1, size)
-    free = _new(xp, "pool free", (size,), bool)
-    here = _new(xp, "pool here", (size,), bool)
-    given = _new(xp, "pool given", (size,), grad.dtype)
-    free.fill(True)
-    for tap in itertools.product(*map(range, w.kernel)):
-        plane = 0
-        offset = 0
-        for t, s, count, step in zip(tap, w.stride, phases, steps, strict=True):
-            plane = plane * count + t % s
-            offset += t // s * step
-        length = size - offset
-        met, cell = here[:length], cells[plane, offset:]
-        xp.equal(cell, value[:length], out=met)
-        if not plain:
-            met |= cell != cell  # a NaN is its window's maximum
-        met &= free[:length]
-        free[:length] ^= met
-        into = sums[plane, offset:]
-        part = given[:length] if offset else into  # the first tap of a plane fills it
-        if plain:
-            xp.multiply(grad[:length], met, out=part)
-        else:  # an infinite gradient must not turn to NaN where it does not go
-            part[...] = xp.where(met, grad[:length], grad.dtype.type(0))
-        if offset:
-            into += part
 
 
 def _by_blocks(
