@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import gpuconv
-from benchmarks import cases, suite
+from benchmarks import cases, gpu_training, suite
 from benchmarks.cases import Case
 from benchmarks.suite import Shape
 from gpuconv import dispatch
@@ -410,6 +410,9 @@ def main(arguments: list[str] | None = None) -> int:
     for shape in shapes:
         report["timings"][shape.name] = time_layer(shape, args.seconds)
         print(line(shape.name, report["timings"][shape.name]), flush=True)
+    if not stand_in:
+        report["training"] = gpu_training.measure()
+        print(f"training: {json.dumps(report['training'])}", flush=True)
     wrong = failures(report)
     report["failures"] = wrong
     for text in wrong:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import gpuconv
-from benchmarks import cases, gpu_check, suite
+from benchmarks import cases, gpu_check, gpu_training, suite
 from benchmarks.gpu_check import RESULTS, ROOT, failures, judged, main, run_sanitizer, run_tests
 from tests.cuda_on_cpu import compiler_available, stand_in
 from tests.support import CUDA_ENGINES
@@ -184,6 +184,18 @@ def test_what_the_sanitizer_runs(cp):
     launched = {name for name, *_ in cp.settings.launches}
     for end in ("f16", "f32", "f64"):
         assert {f"conv2d_forward_atomic_{end}", f"conv2d_backward_atomic_{end}"} <= launched
+
+
+def test_how_busy_training_keeps_the_device(cp):
+    """Its arithmetic, on small sizes; the numbers are none of a GPU's."""
+    with gpuconv.engine("cuda_atomic"):
+        found = gpu_training.measure(count=20, batch=8, channels=2, epochs=2)
+    assert found["pinned"]["least"] <= found["pinned"]["seconds"] <= found["pinned"]["most"]
+    ratio = found["pinned"]["seconds"] / found["resident"]["seconds"]
+    assert found["pinned_over_resident"] == ratio
+    assert "captured" not in found  # the stand-in captures nothing
+    assert found["busy"] is None
+    json.dumps(found)
 
 
 # ---------------------------------------------------------------------------------- the parts
