@@ -1,5 +1,6 @@
 """The convolution that NumPy and CuPy do not have: one call, with gradients, on CPU and CUDA."""
 
+from gpuconv import signal
 from gpuconv._version import __version__
 from gpuconv.device import Device, DeviceError, asarray, asnumpy, device, use_device
 from gpuconv.dispatch import EngineError, engine, engines
@@ -96,5 +97,6 @@ __all__ = [
     "set_num_threads",
     "set_precision",
     "set_workspace_limit",
+    "signal",
     "use_device",
 ]
