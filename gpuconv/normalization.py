@@ -2,8 +2,8 @@
 
 Arrays are matrices: a row an example (or a pixel), a column a feature (or a channel). Those of
 the CPU are passed over in blocks that stay in the cache, a worker per core; sums over rows are
-products with ones, at the speed of BLAS. On a GPU whole-array operations of its own library do
-the same.
+products with ones, at the speed of BLAS. On a GPU batch normalisation has kernels of its own, and
+layer normalisation whole-array operations of the array's library.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from gpuconv.activations import Activation
+from gpuconv.cuda import kernels
+from gpuconv.cuda import normalization as on_cuda
 from gpuconv.device import namespace
 from gpuconv.engines.im2col import run_shares, scratch, wide_dtype, worker_count
 from gpuconv.threads import shares
@@ -127,8 +130,7 @@ def column_statistics(x: Array) -> tuple[Array, Array]:
     rows, columns = x.shape
     dtype = wide_dtype(x.dtype.name)
     if xp is not np:
-        mean = x.mean(axis=0, dtype=dtype)
-        return mean, xp.square(x - mean).mean(axis=0, dtype=dtype)
+        return on_cuda.column_statistics(xp.ascontiguousarray(x))
     flat = _flat(x, dtype)
     work = tuple(_pieces(rows, columns))
     sums, squares = _moments(flat, work, columns, None)
@@ -172,12 +174,21 @@ def _split(mean: Array, inverse: Array, dtype: Any) -> tuple[Array | None, Array
 
 
 def normalized_columns(
-    x: Array, mean: Array, inverse: Array, scaler: Array, intercept: Array
+    x: Array,
+    mean: Array,
+    inverse: Array,
+    scaler: Array,
+    intercept: Array,
+    activation: Activation | None = None,
 ) -> Array:
-    """Return ``scaler * (x - mean) * inverse + intercept``, all being one value a column."""
+    """Return ``act(scaler * (x - mean) * inverse + intercept)``, all being one value a column."""
     xp = namespace(x)
     if xp is not np:
-        return ((x - mean) * (inverse * scaler) + intercept).astype(x.dtype, copy=False)
+        fused = kernels.has_activation(activation)
+        y = x if len(x) == 0 else on_cuda.normalized_columns(
+            xp.ascontiguousarray(x), mean, inverse * scaler, intercept, activation if fused else None
+        )  # fmt: skip
+        return y if fused or activation is None else activation.fn(y)
     dtype = wide_dtype(x.dtype.name)
     flat, out = _flat(x, dtype), np.empty(x.size, dtype)
     with np.errstate(all="ignore"):
@@ -194,13 +205,23 @@ def normalized_columns(
                 source = np.subtract(source, means[piece], out=target)
             np.multiply(source, factors[piece], out=target)
             np.add(target, offsets[piece], out=target)
+            if activation is not None:
+                activation.fn(target, out=target)
 
     run_shares(tuple(_pieces(*x.shape)), run)
     return out.reshape(x.shape).astype(x.dtype, copy=False)
 
 
 def columns_grad(
-    dy: Array, x: Array, mean: Array, inverse: Array, scaler: Array, moving: bool, needs_x: bool
+    dy: Array,
+    x: Array,
+    mean: Array,
+    inverse: Array,
+    scaler: Array,
+    moving: bool,
+    needs_x: bool,
+    y: Array | None = None,
+    activation: Activation | None = None,
 ) -> tuple[Array | None, Array, Array]:
     """Return the gradients of :func:`normalized_columns` for ``x``, ``scaler``, ``intercept``.
 
@@ -214,6 +235,8 @@ def columns_grad(
         Mean and deviation are those of ``x`` and move with it; else they are constants.
     needs_x : bool
         Whether the gradient with respect to ``x`` is wanted.
+    y, activation : ndarray, Activation, optional
+        The forward's result, and the activation, whose derivative follows from it.
 
     Returns
     -------
@@ -222,13 +245,16 @@ def columns_grad(
     """
     xp = namespace(x)
     rows, columns = x.shape
-    if xp is not np:
-        hat = (x - mean) * inverse
-        dscaler, dintercept = (dy * hat).sum(axis=0), dy.sum(axis=0)
-        if not needs_x:
-            return None, dscaler, dintercept
-        inner = dy - (hat * dscaler + dintercept) * (1 / max(rows, 1)) if moving else dy
-        return (inner * (scaler * inverse)).astype(x.dtype, copy=False), dscaler, dintercept
+    fused = xp is not np and kernels.has_activation(activation)
+    if activation is not None and y is not None and not fused:
+        dy, y, activation = dy * activation.grad_from_output(y), None, None
+    if xp is not np and rows > 0:
+        dy, x = xp.ascontiguousarray(dy), xp.ascontiguousarray(x)
+        y = None if y is None else xp.ascontiguousarray(y)
+        return on_cuda.columns_grad(dy, x, y, activation, mean, inverse, scaler, moving, needs_x)
+    if rows == 0:
+        nothing = xp.zeros((columns,), mean.dtype)
+        return (x if needs_x else None), nothing, nothing
     dtype = wide_dtype(x.dtype.name)
     flat, grad = _flat(x, dtype), _flat(dy, dtype)
     work = tuple(_pieces(rows, columns))

@@ -148,7 +148,7 @@ def test_every_variant_compiles(
         found = list(usages(log))
         assert {u.kernel for u in found} == set(variant.functions)
         defines = dict(variant.defines)
-        wide = "INDEX_64" in defines or defines["NDIM"] == "3"
+        wide = "INDEX_64" in defines or defines.get("NDIM") == "3"
         for usage in found:
             assert usage.spilled <= (MOST_SPILLED if wide else 0), (variant.options, usage)
             row = f"{usage.kernel}  {kind(variant)}"
@@ -161,6 +161,10 @@ def test_the_variants_hold_every_kernel_dtype_layout_index_and_activation() -> N
     kinds_of_kernels += [("1d", "f32"), ("3d", "f32")]
     assert names == {
         f"conv{nd}_{p}_atomic_{t}" for p in ("forward", "backward") for nd, t in kinds_of_kernels
+    } | {
+        f"batch_norm_{part}_{t}"
+        for part in ("moments", "normalize", "grad_sums", "grad")
+        for t in ("f16", "f32", "f64")
     }
     kinds = {(v.dtype, kind(v)) for v in VARIANTS}
     for dtype in ("bfloat16", "float16", "float32", "float64"):

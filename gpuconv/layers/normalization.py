@@ -151,7 +151,7 @@ class _BatchNorm(_Normalization):
         return found
 
     def _no_derived(self) -> dict[str, Any]:
-        self._outputs: list[Array] = []
+        self._outputs: list[Array | None] = []
         #: Of each retained pass: mean, one over the deviation, and whether they are the batch's.
         self._statistics: list[tuple[Array, Array, bool]] = []
         return {}
@@ -194,11 +194,10 @@ class _BatchNorm(_Normalization):
         inverse = 1 / xp.sqrt(variance + self.epsilon)
         if retain:
             self._statistics.append((mean, inverse, of_batch))
-        made = normalized_columns(rows, mean, inverse, own["scaler"], own["intercept"])
-        if self.act_fn is not None:
-            made = self.act_fn.fn(made, out=made)
-            if retain:
-                self._outputs.append(made)
+        values = (mean, inverse, own["scaler"], own["intercept"])
+        made = normalized_columns(rows, *values, self.act_fn)
+        if retain:
+            self._outputs.append(None if self.act_fn is None else made)
         return made.reshape(X.shape)
 
     def _backward(
@@ -208,17 +207,16 @@ class _BatchNorm(_Normalization):
         shape, channels = dy.shape, dy.shape[-1]
         if not input_grad and not needs_params:
             return None, {}
-        rows = dy.reshape(-1, channels)
-        if self.act_fn is not None:
-            rows = rows * self.act_fn.grad_from_output(self._outputs[index])
         dx, dscaler, dintercept = columns_grad(
-            rows,
+            dy.reshape(-1, channels),
             self.X[index].reshape(-1, channels),
             mean,
             inverse,
             self.parameters["scaler"],
             of_batch,
             input_grad,
+            self._outputs[index],
+            self.act_fn,
         )
         dx = None if dx is None else dx.reshape(shape)
         if not needs_params:
