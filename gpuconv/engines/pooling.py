@@ -223,8 +223,10 @@ def pool_indices(x: Array, y: Array, indices: Array, w: Windows) -> None:
         source, cell = x[images], (images, *_at(w.first, slice(*rows))[1:])
         if source.dtype.itemsize == 2:
             source, part = _widened(xp, source, part)
-        value, code = _largest(xp, source, part, True)
-        if not math.isfinite(xp.dot(value.reshape(-1), value.reshape(-1))):
+        # On a GPU a look at the numbers would wait for the device: there the general way at once.
+        plain = xp is np
+        value, code = _largest(xp, source, part, plain)
+        if plain and not math.isfinite(np.dot(value.reshape(-1), value.reshape(-1))):
             value, code = _largest(xp, source, part, False)
         y[cell] = value
         start = (images.start or 0) * steps[0] + rows[0] * w.stride[0] * inside[0]

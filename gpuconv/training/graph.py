@@ -14,6 +14,8 @@ from typing import Any
 from gpuconv.device import namespace
 from gpuconv.layers import Dropout, Layer
 from gpuconv.models import Sequential
+from gpuconv.profiling import ranges
+from gpuconv.profiling.ranges import STEP
 from gpuconv.training.memory import has_batch_statistics
 from gpuconv.training.step import Step
 from gpuconv.training.transport import Capture
@@ -71,7 +73,8 @@ class CapturedStep:
             return result
         self._images[...] = images
         self._labels[...] = labels
-        self._capture.replay()
+        with ranges.part(STEP, "captured"):
+            self._capture.replay()
         assert self._found is not None
         # Copies: the next replay writes to the same place.
         loss, correct = (a.copy() for a in self._found)
@@ -105,11 +108,15 @@ class CapturedStep:
             return found, gradients
 
         parts = self._step.split.parts
+        # Events that a profiler puts into a captured stream cannot be asked for their times.
+        follower = ranges.install(None)
         try:
             self._found, self._gradients = self._capture.record(passes)
         except self._capture.errors as error:
             self._give_up(str(error))
             return
+        finally:
+            ranges.install(follower)
         if self._step.split.parts != parts:
             self._give_up("its batch had to be split for want of memory")
             return
