@@ -30,16 +30,20 @@ Piece = tuple[int, int, int]
 BLOCK = 256 * 1024
 #: Elements that a line has at least: short rows are taken several at a time.
 LINE = 2048
+#: The same where nothing is added up over lines: longer ones cost less a line.
+LONG = 8192
+#: What an element counts for in whether a second worker is worth its start.
+WORTH = 4
 
 
-def _pieces(rows: int, columns: int) -> list[list[Piece]]:
-    """Return each worker's blocks: lines of as many whole rows as make ``LINE`` elements."""
-    fold = max(1, LINE // columns)
+def _pieces(rows: int, columns: int, line: int = LINE) -> list[list[Piece]]:
+    """Return each worker's blocks: lines of as many whole rows as make ``line`` elements."""
+    fold = max(1, line // columns)
     lines, rest = divmod(rows, fold)
     width = fold * columns
     step = max(1, BLOCK // width)
     work: list[list[Piece]] = []
-    for share in shares(lines, worker_count(16 * rows * columns)) if lines else []:
+    for share in shares(lines, worker_count(WORTH * rows * columns)) if lines else []:
         starts = range(share.start, share.stop, step)
         work.append([(a * width, min(step, share.stop - a), width) for a in starts])
     if rest:
@@ -61,7 +65,7 @@ class _Tiles:
     """A row of values, repeated to the length of a block's line."""
 
     def __init__(self, values: Array, dtype: Any) -> None:
-        repeats = -(-LINE // len(values)) + 1
+        repeats = -(-max(LINE, LONG) // len(values)) + 1
         self._values = np.tile(np.asarray(values, dtype), repeats)
 
     def __getitem__(self, piece: Piece) -> Array:
@@ -208,7 +212,7 @@ def normalized_columns(
             if activation is not None:
                 activation.fn(target, out=target)
 
-    run_shares(tuple(_pieces(*x.shape)), run)
+    run_shares(tuple(_pieces(*x.shape, LONG)), run)
     return out.reshape(x.shape).astype(x.dtype, copy=False)
 
 
@@ -283,7 +287,7 @@ def columns_grad(
                 change = np.add(target, levels[piece], out=target)
             np.multiply(change, slopes[piece], out=target)
 
-    run_shares(work, finish)
+    run_shares(tuple(_pieces(rows, columns, LONG)), finish)
     return out.reshape(x.shape).astype(x.dtype, copy=False), dscaler, dintercept
 
 
