@@ -10,6 +10,7 @@ import pytest
 
 import gpuconv
 from gpuconv import pooling
+from gpuconv.engines import pooling as windowed
 from tests.support import home, host
 
 RNG = np.random.default_rng(3)
@@ -105,7 +106,7 @@ def test_blocks_and_threads_change_nothing(
         y, gpuconv.max_pool2d_backward(dy, x, 3, **options),
         gpuconv.avg_pool2d(x, 3, **options), gpuconv.avg_pool2d_backward(dy, shape, 3, **options),
     ]  # fmt: skip
-    monkeypatch.setattr(pooling.windowed, "BLOCK", 20_000)
+    monkeypatch.setattr(windowed, "BLOCK", 20_000)
     gpuconv.set_num_threads(threads)
     try:
         got = [
@@ -164,6 +165,9 @@ def test_small_dtypes(dtype: str) -> None:
         pytest.importorskip("ml_dtypes")
     x = RNG.standard_normal((2, 9, 8, 3)).astype(dtype)
     wide = x.astype("float64")
+    apart = gpuconv.max_pool2d_backward(np.ones((2, 4, 4, 3), x.dtype), x, 2)
+    want = gpuconv.max_pool2d_backward(np.ones((2, 4, 4, 3)), wide, 2)
+    np.testing.assert_array_equal(apart.astype("float64"), want)
     for padding in (0, 1):
         y = gpuconv.max_pool2d(x, 3, stride=2, padding=padding)
         assert y.dtype == x.dtype

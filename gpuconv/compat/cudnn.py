@@ -16,6 +16,7 @@ from typing import Any
 from gpuconv import settings
 from gpuconv.device import Device, namespace
 from gpuconv.engines import pooling as windowed
+from gpuconv.engines import pooling_max
 from gpuconv.engines.pooling import Windows
 from gpuconv.functional.passes import check_arrays, check_out, conv, conv_backward, on
 from gpuconv.functional.plan import make_plan, padding_argument, per_axis
@@ -286,8 +287,8 @@ def pooling_backward(
         if x.size:
             if kind == "max":
                 values, indices = (namespace(x).empty(y.shape, t) for t in (y.dtype, "int64"))
-                windowed.pool_indices(x, values, indices, windows)
-                windowed.max_grad(gy, indices, gx)
+                pooling_max.pool_indices(x, values, indices, windows)
+                pooling_max.max_grad(gy, indices, gx)
             else:
                 windowed.mean_grad(gy, gx, windows, padded)
     return gx
