@@ -212,7 +212,8 @@ def normalized_columns(
             if activation is not None:
                 activation.fn(target, out=target)
 
-    run_shares(tuple(_pieces(*x.shape, LONG)), run)
+    rows, columns = x.shape
+    run_shares(tuple(_pieces(rows, columns, LONG)), run)
     return out.reshape(x.shape).astype(x.dtype, copy=False)
 
 
