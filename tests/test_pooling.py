@@ -11,6 +11,7 @@ import pytest
 import gpuconv
 from gpuconv import pooling
 from gpuconv.engines import pooling as windowed
+from gpuconv.engines import pooling_max
 from tests.support import home, host
 
 RNG = np.random.default_rng(3)
@@ -180,6 +181,20 @@ def test_small_dtypes(dtype: str) -> None:
         mean = gpuconv.avg_pool2d(x, 3, stride=2, padding=padding).astype("float64")
         want = gpuconv.avg_pool2d(wide, 3, stride=2, padding=padding)
         np.testing.assert_allclose(mean, want, atol={"bfloat16": 2e-2}.get(dtype, 2e-3))
+
+
+def test_on_a_device_gradients_repeat_where_that_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with home("cuda_atomic") as xp:
+        x = xp.asarray(np.round(RNG.standard_normal((2, 6, 6, 3))))
+        _, indices = gpuconv.max_pool2d(x, 3, stride=1, return_indices=True)
+        dy = xp.asarray(RNG.standard_normal(indices.shape))
+        scattered = gpuconv.max_pool2d_backward(dy, x, 3, stride=1, indices=indices)
+        monkeypatch.setattr(pooling_max, "max_grad", None)  # nothing scatters now
+        with gpuconv.deterministic(True):
+            kept = gpuconv.max_pool2d_backward(dy, x, 3, stride=1, indices=indices)
+        np.testing.assert_allclose(host(kept), host(scattered), atol=1e-12)
 
 
 def test_out_and_empty_batches() -> None:

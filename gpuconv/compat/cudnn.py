@@ -286,9 +286,7 @@ def pooling_backward(
         gx = namespace(x).empty(x.shape, x.dtype)
         if x.size:
             if kind == "max":
-                values, indices = (namespace(x).empty(y.shape, t) for t in (y.dtype, "int64"))
-                pooling_max.pool_indices(x, values, indices, windows)
-                pooling_max.max_grad(gy, indices, gx)
+                pooling_max.max_grad_by_taps(gy, x, y, gx, windows)
             else:
                 windowed.mean_grad(gy, gx, windows, padded)
     return gx

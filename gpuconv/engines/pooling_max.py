@@ -18,7 +18,7 @@ from gpuconv.engines.im2col import run_shares, wide_dtype, worker_count
 from gpuconv.engines.pooling import Windows, at_axis, by_blocks, new, widened
 from gpuconv.engines.windows import blocks
 
-__all__ = ["max_grad", "max_grad_apart", "pool_indices"]
+__all__ = ["max_grad", "max_grad_by_taps", "pool_indices"]
 
 Array = Any
 Ints = tuple[int, ...]
@@ -180,24 +180,27 @@ def max_grad(dy: Array, indices: Array, dx: Array) -> None:
         dx[...] = total
 
 
-def max_grad_apart(dy: Array, x: Array, y: Array, dx: Array, w: Windows) -> None:
-    """Write the gradient of a maximum into ``dx`` where no cell belongs to two windows.
+def max_grad_by_taps(dy: Array, x: Array, y: Array, dx: Array, w: Windows) -> None:
+    """Write the gradient of a maximum into ``dx``, straight from ``x``, a tap at a time.
 
-    Straight from ``x`` to ``dx``, a tap at a time: nothing has to be added up or looked up.
+    Quick where no cell belongs to two windows, as nothing is added up; and on a device the
+    same bits every time, as nothing is scattered.
 
     Parameters
     ----------
     dy, x, y, dx, w
-        As for :func:`pool`, with the gradients; ``w.kernel`` is at most ``w.stride``.
+        As for :func:`pool`, with the gradients.
     """
     xp = namespace(dy)
     k, s, before = w.kernel[0], w.stride[0], w.before[0]
+    wide = wide_dtype(dx.dtype.name)
+    total = dx if dx.dtype == wide else xp.empty(dx.shape, wide)
 
     def work(images: slice, rows: tuple[int, int]) -> None:
         # The outputs whose windows reach into these rows of the input.
         low = min(w.out[0], max(0, -((k - 1 - before - rows[0]) // s)))
         high = max(low, min(w.out[0], (rows[1] - 1 + before) // s + 1))
-        target = dx[(images, *at_axis(w.first, slice(*rows))[1:])]
+        target = total[(images, *at_axis(w.first, slice(*rows))[1:])]
         if high == low:
             target[...] = 0
             return
@@ -205,6 +208,8 @@ def max_grad_apart(dy: Array, x: Array, y: Array, dx: Array, w: Windows) -> None
         _pass_on(xp, dy[inside], x[images], y[inside], target, w.rows(low, high), rows)
 
     by_blocks(xp, dx, w, w.size[0], work)
+    if total is not dx:
+        dx[...] = total
 
 
 def _pass_on(
@@ -219,8 +224,9 @@ def _pass_on(
     lead = (slice(None),) * w.first
     taps = [w.taps(axis) for axis in range(len(w.kernel))]
     inside = [[_within(*tap, rows) for tap in taps[0]], *taps[1:]]
+    apart = all(k <= s for k, s in zip(w.kernel, w.stride, strict=True))
     covered = math.prod(sum(r.stop - r.start for r, _ in each) for each in inside)
-    if covered < (rows[1] - rows[0]) * math.prod(w.size[1:]):
+    if not apart or covered < (rows[1] - rows[0]) * math.prod(w.size[1:]):
         dx.fill(0)
     for reads, writes in zip(itertools.product(*taps), itertools.product(*inside), strict=True):
         outputs = (*lead, *(r for r, _ in reads))
@@ -231,8 +237,10 @@ def _pass_on(
         met &= free[outputs]
         free[outputs] ^= met
         to, into = (*lead, *(r for r, _ in writes)), dx[(*lead, *(c for _, c in writes))]
-        if plain:
+        if plain and apart:
             xp.multiply(dy[to], here[to], out=into)
+        elif not apart:
+            into += xp.where(here[to], dy[to], xp.zeros((), dy.dtype))
         else:  # an infinite gradient must not turn to NaN where it does not go
             into[...] = xp.where(here[to], dy[to], xp.zeros((), dy.dtype))
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
+from gpuconv import settings
 from gpuconv.arguments import boolean
 from gpuconv.device import device_of, namespace
 from gpuconv.engines import pooling as windowed
@@ -99,13 +102,13 @@ def pool_grad(
 
 def _max_grad(dy: Array, x: Array, y: Array | None, dx: Array, w: Windows) -> None:
     """Write the gradient of a maximum, whose cells are to be found again."""
-    if any(k > s for k, s in zip(w.kernel, w.stride, strict=True)):
+    if namespace(x) is np and any(k > s for k, s in zip(w.kernel, w.stride, strict=True)):
         pooling_max.max_grad(dy, _largest(x, dy.shape, w)[1], dx)
         return
     if y is None:
         y = namespace(x).empty(dy.shape, x.dtype)
         windowed.pool(x, y, w, "max", "outside")
-    pooling_max.max_grad_apart(dy, x, y, dx, w)
+    pooling_max.max_grad_by_taps(dy, x, y, dx, w)
 
 
 def _largest(x: Array, shape: _Shape, w: Windows) -> tuple[Array, Array]:
@@ -225,7 +228,11 @@ def max_backward(
     with on(where):
         dx = namespace(x).empty(x.shape, x.dtype)
         if x.size:
-            if indices is None:
+            # A device scatters with atomics, whose order changes the last bits.
+            scattered = indices is not None and (
+                where.kind == "cpu" or not settings.is_deterministic()
+            )
+            if not scattered:
                 _max_grad(dy, x, None, dx, w)
             else:
                 pooling_max.max_grad(dy, indices, dx)
