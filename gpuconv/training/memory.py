@@ -181,6 +181,6 @@ def _first_line(error: BaseException) -> str:
     text = str(error).strip().splitlines()
     line = text[0] if text else type(error).__name__
     match = re.search(r"allocating ([\d,]+) bytes", line)
-    if match:
+    if match and int(match[1].replace(",", "")) >= 2**20:
         line += f" = {int(match[1].replace(',', '')) / 2**20:.1f} MiB wanted"
     return line
