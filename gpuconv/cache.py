@@ -7,6 +7,7 @@ depends on the directory: where it cannot be written, nothing is kept.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -106,8 +107,11 @@ def read(name: str) -> dict[str, Any] | None:
     return content
 
 
-def write(name: str, content: dict[str, Any]) -> bool:
-    """Write a file, whole or not at all; return whether it was written."""
+def write(name: str, content: dict[str, Any], *, first: bool = False) -> bool:
+    """Write a file, whole or not at all; return whether it was written.
+
+    With ``first`` a file that another process has written meanwhile stays, if it is good.
+    """
     place = folder()
     if place is None:
         return False
@@ -118,9 +122,18 @@ def write(name: str, content: dict[str, Any]) -> bool:
         handle, temporary = tempfile.mkstemp(prefix=f".{name}.", suffix=".json", dir=place)
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             json.dump(whole, file, indent=1)
-        os.replace(temporary, _file(place, name))
+        target = _file(place, name)
+        if first and read(name) is not None:
+            return False
+        if first and not target.exists():
+            with contextlib.suppress(FileExistsError):
+                os.link(temporary, target)  # of several processes one is the first
+            return read(name) == content
+        os.replace(temporary, target)
+        temporary = None
     except OSError:
+        return False
+    finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
-        return False
     return True

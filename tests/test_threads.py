@@ -55,7 +55,7 @@ def test_shares_are_contiguous_and_even() -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:os.fork:RuntimeWarning")
 def test_a_forked_child_computes() -> None:
     x, w = np.ones((4, 40, 40, 8), "float32"), np.ones((3, 3, 8, 16), "float32")
     want = gpuconv.conv2d(x, w)  # the pool is running now

@@ -121,7 +121,27 @@ def test_the_system_names_the_directory(monkeypatch: pytest.MonkeyPatch) -> None
         assert cache.folder() == Path.home() / ".cache" / "gpuconv"
 
 
-def test_autotune_measures_and_remembers(place: Path) -> None:
+@pytest.fixture
+def usual_rates(place: Path) -> None:
+    """Let the predictions be those of the usual machine, here and in other processes."""
+    cache.write("rates", vars(Rates()))
+    reset()
+
+
+def test_of_several_processes_the_first_measures(place: Path) -> None:
+    code = "from gpuconv.engines.rates import rates; print(rates())"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    running = [
+        subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE)
+        for _ in range(3)
+    ]
+    answers = {p.communicate()[0] for p in running}
+    assert len(answers) == 1
+    assert len(files(place, "rates")) == 1
+    assert not list(place.glob(".*"))
+
+
+def test_autotune_measures_and_remembers(place: Path, usual_rates: None) -> None:
     before = gpuconv.explain(*SHAPES, padding=1, device="cpu")
     assert "measured" not in str(before)
     with gpuconv.autotune():
@@ -146,7 +166,7 @@ def test_autotune_measures_and_remembers(place: Path) -> None:
     assert gpuconv.explain(*SHAPES, padding=1, device="cpu").choice == before.choice
 
 
-def test_a_measurement_overrules_the_prediction(place: Path) -> None:
+def test_a_measurement_overrules_the_prediction(place: Path, usual_rates: None) -> None:
     usual = gpuconv.explain(*SHAPES, device="cpu").choice["forward"]
     with gpuconv.autotune():
         gpuconv.explain(*SHAPES, device="cpu")
