@@ -145,31 +145,40 @@ def gradient_grid(grid: Grid) -> Grid:
     return Grid(of_outputs(grid.rows), of_outputs(grid.columns))
 
 
-def _gathered(source: Array, grid: Grid, block: Block, window: tuple[int, int], out: Array) -> None:
+def _gathered(
+    source: Array,
+    grid: Grid,
+    block: Block,
+    window: tuple[int, int],
+    scratch: Scratch,
+    out: Array,
+) -> None:
     """Copy a block's tiles, ``window`` rows and columns each, with zeros for what lies outside.
 
-    ``out`` has the layout ``(window columns, n, r, u, c)``.
+    ``out`` has the layout ``(window columns, n, r, u, c)``. Two copies at most: each gives the
+    interpreter's lock away and waits for it again, which with several workers takes its time.
     """
     (n0, n1), (t0, _) = block.images, block.tile_rows
     rows, columns = grid.rows, grid.columns
-    first = rows.start + rows.step * t0 * rows.method.m
-    r0, r1, row_slice = rows.span(first, out.shape[2], rows.step)
-    for b in range(window[1]):
-        begin = columns.start + columns.step * b
-        u0, u1, column_slice = columns.span(begin, out.shape[3], columns.step * columns.method.m)
-        part = out[b]
-        if r1 == r0 or u1 == u0:
-            part[...] = 0
-            continue
-        if r0:
-            part[:, :r0] = 0
-        if r1 < part.shape[1]:
-            part[:, r1:] = 0
-        if u0:
-            part[:, :, :u0] = 0
-        if u1 < part.shape[2]:
-            part[:, :, u1:] = 0
-        part[:, r0:r1, u0:u1] = source[n0:n1, row_slice, column_slice]
+    _, images, length, tiles, channels = out.shape
+    width = (tiles - 1) * columns.method.m + window[1]
+    r0, r1, row_slice = rows.span(rows.start + rows.step * t0 * rows.method.m, length, rows.step)
+    c0, c1, column_slice = columns.span(columns.start, width, columns.step)
+    cells = source[n0:n1, row_slice, column_slice]
+    if (r1 - r0, c1 - c0) != (length, width):
+        padded = scratch.get("padded", (images, length, width, channels), out.dtype)
+        padded[:, :r0] = 0
+        padded[:, r1:] = 0
+        padded[:, r0:r1, :c0] = 0
+        padded[:, r0:r1, c1:] = 0
+        padded[:, r0:r1, c0:c1] = cells
+        cells = padded
+    s = cells.strides
+    np.copyto(
+        out,
+        as_strided(cells, out.shape, (s[2], s[0], s[1], columns.method.m * s[2], s[3])),
+        casting="same_kind",
+    )
 
 
 def tile_factors(
@@ -203,7 +212,7 @@ def tile_factors(
     length = (tile_rows - 1) * step + window[0]
     shape = (images, length, tiles, channels)
     gathered = scratch.get("gathered", (window[1], *shape), dtype)
-    _gathered(source, grid, block, window, gathered)
+    _gathered(source, grid, block, window, scratch, gathered)
     columns = gathered
     if right.size > 1:
         columns = scratch.get("columns", (right.shape[0], *shape), dtype)

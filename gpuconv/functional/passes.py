@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from gpuconv import dispatch, settings
+from gpuconv import dispatch, settings, threads
 from gpuconv.activations import Activation
 from gpuconv.cuda import runtime
 from gpuconv.device import CPU, Device, device_of, namespace
@@ -35,6 +35,7 @@ __all__ = [
     "native",
     "needs_argument",
     "on",
+    "one_blas_thread",
     "overlap",
     "parts",
 ]
@@ -42,6 +43,9 @@ __all__ = [
 Array = Any
 
 NEEDS = ("x", "w", "b")
+
+#: Operations below which BLAS does not divide a product.
+_DIVIDED = 2**19
 
 
 def conv(
@@ -96,7 +100,10 @@ def conv(
                 y = namespace(x).empty(plan.y_shape, x.dtype)
         if not plan.empty:
             chosen = dispatch.choose(problem, "forward", where.kind)
-            with ranges.convolution(problem, "forward", chosen.name):
+            with (
+                ranges.convolution(problem, "forward", chosen.name),
+                one_blas_thread(problem, where.kind),
+            ):
                 chosen.forward(
                     problem, last(x, plan.x_axes), last(w, plan.w_axes), b, last(y, plan.x_axes)
                 )
@@ -198,7 +205,10 @@ def _run_backward(
                 conjugate_weight_grad(by_w, plan.plain, dy, x, dw, db, "x")
         return
     if kind == "cpu":
-        with ranges.convolution(plan.problem, "backward", names):
+        with (
+            ranges.convolution(plan.problem, "backward", names),
+            one_blas_thread(plan.problem, kind),
+        ):
             by_x, by_w = ranges.watched(by_x), ranges.watched(by_w)
             backward_by_parts(plan.problem, plan.plain, by_x, by_w, dy, x, w, y, dx, dw, db)
         return
@@ -380,6 +390,17 @@ def overlap(out: Array, array: Array) -> bool:
     """Return whether writing into ``out`` may change ``array``."""
     xp = namespace(array)
     return bool(xp.may_share_memory(out, array))
+
+
+def one_blas_thread(problem: ConvProblem, kind: str) -> AbstractContextManager[Any]:
+    """Hold BLAS to one thread for a whole pass on the CPU that is large enough to divide.
+
+    Not only where the workers compute: after a product that BLAS has divided, its own threads
+    spin for some milliseconds, and take a core from the workers.
+    """
+    if kind != "cpu" or problem.flops < _DIVIDED:
+        return _NOTHING
+    return threads.single_threaded_blas()
 
 
 def on(where: Device) -> AbstractContextManager[Any]:

@@ -28,6 +28,7 @@ from gpuconv.functional.passes import (
     native,
     needs_argument,
     on,
+    one_blas_thread,
     overlap,
     parts,
 )
@@ -85,7 +86,10 @@ def conv_transpose(
         if not plan.empty:
             chosen = dispatch.choose(problem, "input_grad", where.kind)
             result = last(y, plan.x_axes)
-            with ranges.convolution(problem, "transposed", chosen.name):
+            with (
+                ranges.convolution(problem, "transposed", chosen.name),
+                one_blas_thread(problem, where.kind),
+            ):
                 chosen.input_grad(problem, last(x, plan.x_axes), last(w, plan.w_axes), result)
                 _finish(where.kind, result, b, act)
         if out is not None and y is not out:
@@ -197,7 +201,10 @@ def _run_backward(
     names = " ".join(dict.fromkeys(e.name for e in (by_x, by_w) if e is not None))
     if problem.dtype in COMPLEX:
         w = w.conj()
-    with ranges.convolution(problem, "transposed_backward", names or "bias"):
+    with (
+        ranges.convolution(problem, "transposed_backward", names or "bias"),
+        one_blas_thread(problem, kind),
+    ):
         if activation is None or y is None:
             if db is not None:
                 _activation_grad(kind, dy, None, None, db)

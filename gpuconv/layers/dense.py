@@ -13,6 +13,7 @@ from gpuconv.device import Device
 from gpuconv.initializers import Rng, get_initializer
 from gpuconv.layers.base import Array, LayerBase, Lazy, Shape, activation_of
 from gpuconv.optimizers import Optimizer
+from gpuconv.products import product
 
 __all__ = ["Flatten", "FullyConnected"]
 
@@ -103,7 +104,7 @@ class FullyConnected(LayerBase):
         self.parameters = {"W": weights, "b": self._zeros((1, self.n_out))}
 
     def _sums(self, X: Array, weights: Array, bias: Array) -> Array:
-        Z = X @ weights
+        Z = product(X, weights)
         Z += bias
         return Z
 
@@ -131,10 +132,10 @@ class FullyConnected(LayerBase):
             dZ = dy * self.act_fn.grad_from_output(self._outputs[index])
         else:
             dZ = dy * self.act_fn.grad(self.derived_variables["Z"][index])
-        dX = dZ @ self.parameters["W"].T if input_grad else None
+        dX = product(dZ, self.parameters["W"].T) if input_grad else None
         if not needs_params:
             return dX, {}
-        return dX, {"W": self.X[index].T @ dZ, "b": dZ.sum(axis=0, keepdims=True)}
+        return dX, {"W": product(self.X[index].T, dZ), "b": dZ.sum(axis=0, keepdims=True)}
 
     def _parameter_names(self) -> tuple[str, ...]:
         return ("W", "b")
