@@ -63,7 +63,7 @@ __all__ = ["NumpyWinograd"]
 Array = np.ndarray[Any, Any]
 
 #: Bytes of a block's factors and products: about a core's own cache.
-BLOCK = 2_400_000
+BLOCK = 4_000_000
 #: The same where products are summed over the block, which costs a pass over the filters.
 SUM_BLOCK = 6_000_000
 #: Tiles under which reading the filters for a block takes longer than multiplying by them.
