@@ -137,7 +137,7 @@ class Affine(Activation):
 _zeros: dict[str, Array] = {}
 
 #: Elements of the longest array of zeros that is kept: with its partners it stays in a cache.
-_MOST_ZEROS = 2**16
+_MOST_ZEROS = 2**15
 
 
 def _maximum_of_zero(z: np.ndarray[Any, Any], out: Array | None) -> Array:

@@ -67,11 +67,10 @@ def machine() -> dict[str, str]:
     """Return what a measurement depends on: processor, NumPy, its BLAS, and this library."""
     from threadpoolctl import threadpool_info
 
-    blas = [
-        f"{p.get('internal_api')} {p.get('version')} {p.get('architecture')}"
-        for p in threadpool_info()
-        if p.get("user_api") == "blas"
-    ]
+    found = [p for p in threadpool_info() if p.get("user_api") == "blas"]
+    # NumPy's own: other packages may have brought theirs, in this process or in none.
+    own = [p for p in found if "numpy" in str(p.get("filepath", ""))] or found[:1]
+    blas = [f"{p.get('internal_api')} {p.get('version')} {p.get('architecture')}" for p in own]
     return {
         "processor": _processor(),
         "numpy": np.__version__,
