@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -49,10 +49,12 @@ from gpuconv.engines.windows import Axis, blocks, forward_axes, input_grad_phase
 from gpuconv.engines.winograd import (
     Block,
     Grid,
+    factor_views,
     filter_factors,
     filter_grad,
     gradient_grid,
     grids,
+    output_views,
     tile_factors,
     tile_outputs,
 )
@@ -412,12 +414,29 @@ def _correlate(
 
     if not _shared(problem, plan, workers, False):
 
+        def views(grid: Grid, block: Block) -> tuple[Any, ...]:
+            of_tiles, products = buffers(grid, block)
+            return (
+                grid,  # kept, so that its number in the key stays its own
+                of_tiles,
+                products,
+                _sets(of_tiles, sets),
+                _sets(products, sets),
+                factor_views(grid, block, False, scratch, of_tiles),
+                output_views(products, grid, scratch),
+            )
+
         def work(k: int, share: list[tuple[Grid, Block]]) -> None:
             for grid, block in share:
-                of_tiles, products = buffers(grid, block)
-                tile_factors(source, grid, block, False, scratch, of_tiles)
-                np.matmul(_sets(of_tiles, sets), filters, out=_sets(products, sets))
-                if not tile_outputs(products, grid, block, scratch, target, bias, activation):
+                key = id(grid), block.count, sets, inputs, outputs, dtype.char
+                _, of_tiles, products, left, out, before, behind = scratch.made(
+                    key, partial(views, grid, block)
+                )
+                tile_factors(source, grid, block, False, scratch, of_tiles, before)
+                np.matmul(left, filters, out=out)
+                if not tile_outputs(
+                    products, grid, block, scratch, target, bias, activation, behind
+                ):
                     finite[k] = False
                     return
 

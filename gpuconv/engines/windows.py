@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -209,8 +210,28 @@ class Scratch(threading.local):
     #: Bytes of the largest buffer that is kept.
     KEEP = 16 * 2**20
 
+    #: Made views that are kept.
+    MOST = 32
+
     def __init__(self) -> None:
         self._kept: dict[str, Array] = {}
+        self._made: dict[Any, Any] = {}
+        #: Whose zeros a shared buffer holds.
+        self.holder: object = None
+
+    def made(self, key: Any, make: Callable[[], Any]) -> Any:
+        """Return what ``make`` made of this thread's buffers, made again when these have moved.
+
+        Views take NumPy longer to make than a small block to compute, and the interpreter's
+        lock is held meanwhile.
+        """
+        found = self._made.get(key)
+        if found is None:
+            found = make()
+            if len(self._made) >= self.MOST:
+                self._made.clear()
+            self._made[key] = found
+        return found
 
     def get(self, name: str, shape: tuple[int, ...], dtype: Any) -> Array:
         """Return an uninitialised array; the same memory for the same name."""
@@ -223,6 +244,7 @@ class Scratch(threading.local):
             raw = raw[shift : shift + size]
             if size <= self.KEEP:
                 self._kept[name] = raw
+                self._made.clear()  # views of the buffer before
         return np.ndarray(shape, kind, raw)
 
 

@@ -32,12 +32,16 @@ from gpuconv.engines.windows import Axis, Scratch
 
 __all__ = [
     "Block",
+    "FactorViews",
     "Grid",
     "Line",
+    "OutputViews",
+    "factor_views",
     "filter_factors",
     "filter_grad",
     "gradient_grid",
     "grids",
+    "output_views",
     "tile_factors",
     "tile_outputs",
 ]
@@ -145,44 +149,117 @@ def gradient_grid(grid: Grid) -> Grid:
     return Grid(of_outputs(grid.rows), of_outputs(grid.columns))
 
 
-def _gathered(
-    source: Array,
-    grid: Grid,
-    block: Block,
-    window: tuple[int, int],
-    scratch: Scratch,
-    out: Array,
-) -> None:
-    """Copy a block's tiles, ``window`` rows and columns each, with zeros for what lies outside.
+@dataclass
+class FactorViews:
+    """The buffers of a block's factors, as each step sees them.
 
-    ``out`` has the layout ``(window columns, n, r, u, c)``. Two copies at most: each gives the
-    interpreter's lock away and waits for it again, which with several workers takes its time.
+    Attributes
+    ----------
+    left, right : ndarray
+        What transforms rows and columns.
+    gathered, gathered_flat : ndarray
+        ``(window columns, n, r, u, c)``, and as a matrix.
+    columns_flat : ndarray
+        The transformed columns as a matrix.
+    rows, place : ndarray
+        The rows of each tile, overlapping, and where their factors go.
+    padded : ndarray
+        ``(n, r, columns, c)``: the block's part of the source, with zeros for what lies outside.
+    windows : ndarray
+        ``padded`` as ``gathered`` is laid out, overlapping.
+    outside : tuple or None
+        Which cells of ``padded`` are known to be zeros.
+    """
+
+    left: Array
+    right: Array
+    gathered: Array
+    gathered_flat: Array
+    columns_flat: Array
+    rows: Array
+    place: Array
+    padded: Array
+    windows: Array
+    outside: tuple[int, ...] | None = None
+
+
+def factor_views(
+    grid: Grid, block: Block, gradient: bool, scratch: Scratch, out: Array
+) -> FactorViews:
+    """Return the views of :func:`tile_factors` for blocks of this size."""
+    dtype, size = out.dtype, out.itemsize
+    by_row, by_column = (_matrices(line.method, dtype.char) for line in (grid.rows, grid.columns))
+    left, right = (m.a if gradient else m.b for m in (by_row, by_column))
+    step, across = grid.rows.method.m, grid.columns.method.m
+    window = left.shape[1], right.shape[1]
+    images, tile_rows = block.count
+    tiles, channels = grid.columns.tiles, out.shape[-1]
+    length, width = (tile_rows - 1) * step + window[0], (tiles - 1) * across + window[1]
+    shape = (images, length, tiles, channels)
+    gathered = scratch.get("gathered", (window[1], *shape), dtype)
+    columns = gathered
+    if right.size > 1:
+        columns = scratch.get("columns", (right.shape[0], *shape), dtype)
+    padded = scratch.get("padded tiles", (images, length, width, channels), dtype)
+    s, o, p = columns.strides, out.strides, padded.strides
+    line = tiles * channels
+    return FactorViews(
+        left,
+        right,
+        gathered,
+        gathered.reshape(window[1], -1),
+        columns.reshape(right.shape[0], -1),
+        as_strided(
+            columns,
+            (right.shape[0], images, tile_rows, window[0], line),
+            (s[0], s[1], step * s[2], s[2], size),
+        ),
+        as_strided(
+            out,
+            (right.shape[0], images, tile_rows, left.shape[0], line),
+            (o[1], o[2], o[3], o[0], size),
+        ),
+        padded,
+        as_strided(padded, gathered.shape, (p[2], p[0], p[1], across * p[2], p[3])),
+    )
+
+
+def _gathered(source: Array, grid: Grid, block: Block, v: FactorViews, scratch: Scratch) -> None:
+    """Copy a block's tiles into ``v.gathered``, with zeros for what lies outside.
+
+    Two copies at most: each gives the interpreter's lock away and waits for it again, which
+    with several workers takes its time.
     """
     (n0, n1), (t0, _) = block.images, block.tile_rows
     rows, columns = grid.rows, grid.columns
-    _, images, length, tiles, channels = out.shape
-    width = (tiles - 1) * columns.method.m + window[1]
+    _, length, width, _ = v.padded.shape
     r0, r1, row_slice = rows.span(rows.start + rows.step * t0 * rows.method.m, length, rows.step)
     c0, c1, column_slice = columns.span(columns.start, width, columns.step)
     cells = source[n0:n1, row_slice, column_slice]
-    if (r1 - r0, c1 - c0) != (length, width):
-        padded = scratch.get("padded", (images, length, width, channels), out.dtype)
+    if (r0, r1, c0, c1) == (0, length, 0, width):
+        s = cells.strides
+        strides = (s[2], s[0], s[1], columns.method.m * s[2], s[3])
+        np.copyto(v.gathered, as_strided(cells, v.gathered.shape, strides), casting="same_kind")
+        return
+    padded = v.padded
+    if v.outside != (r0, r1, c0, c1) or scratch.holder is not v:
         padded[:, :r0] = 0
         padded[:, r1:] = 0
         padded[:, r0:r1, :c0] = 0
         padded[:, r0:r1, c1:] = 0
-        padded[:, r0:r1, c0:c1] = cells
-        cells = padded
-    s = cells.strides
-    np.copyto(
-        out,
-        as_strided(cells, out.shape, (s[2], s[0], s[1], columns.method.m * s[2], s[3])),
-        casting="same_kind",
-    )
+        v.outside, scratch.holder = (r0, r1, c0, c1), v
+    padded[:, r0:r1, c0:c1] = cells
+    np.copyto(v.gathered, v.windows)
 
 
 def tile_factors(
-    source: Array, grid: Grid, block: Block, gradient: bool, scratch: Scratch, out: Array
+    source: Array,
+    grid: Grid,
+    block: Block,
+    gradient: bool,
+    scratch: Scratch,
+    out: Array,
+    views: FactorViews | None = None,
 ) -> None:
     """Write the factors of a block's tiles.
 
@@ -201,38 +278,61 @@ def tile_factors(
         Where the steps between are held.
     out : ndarray
         ``(k, l, n, t, u, c)``, contiguous in ``u`` and ``c``.
+    views : FactorViews, optional
+        Of a block of this size, made before.
     """
-    dtype = out.dtype
-    by_row, by_column = (_matrices(line.method, dtype.char) for line in (grid.rows, grid.columns))
-    left, right = (m.a if gradient else m.b for m in (by_row, by_column))
-    step = grid.rows.method.m
-    window = left.shape[1], right.shape[1]
-    images, tile_rows = block.count
-    tiles, channels = grid.columns.tiles, source.shape[-1]
-    length = (tile_rows - 1) * step + window[0]
-    shape = (images, length, tiles, channels)
-    gathered = scratch.get("gathered", (window[1], *shape), dtype)
-    _gathered(source, grid, block, window, scratch, gathered)
-    columns = gathered
-    if right.size > 1:
-        columns = scratch.get("columns", (right.shape[0], *shape), dtype)
-        np.matmul(right, gathered.reshape(window[1], -1), out=columns.reshape(right.shape[0], -1))
-    s = columns.strides
-    rows = as_strided(
-        columns,
-        (right.shape[0], images, tile_rows, window[0], tiles * channels),
-        (s[0], s[1], step * s[2], s[2], dtype.itemsize),
-    )
-    o = out.strides
-    place = as_strided(
-        out,
-        (right.shape[0], images, tile_rows, left.shape[0], tiles * channels),
-        (o[1], o[2], o[3], o[0], dtype.itemsize),
-    )
-    if left.size > 1:
-        np.matmul(left, rows, out=place)
+    v = views or factor_views(grid, block, gradient, scratch, out)
+    _gathered(source, grid, block, v, scratch)
+    if v.right.size > 1:
+        np.matmul(v.right, v.gathered_flat, out=v.columns_flat)
+    if v.left.size > 1:
+        np.matmul(v.left, v.rows, out=v.place)
     else:
-        np.copyto(place, rows)
+        np.copyto(v.place, v.rows)
+
+
+@dataclass
+class OutputViews:
+    """The buffers of a block's outputs, as each step sees them.
+
+    Attributes
+    ----------
+    left, right : ndarray
+        What transforms rows and columns back.
+    by_column, inner, inner_flat : ndarray
+        The products, a matrix for each column of factors; these after the rows' transform, and
+        as one matrix.
+    outputs, flat, y : ndarray
+        The outputs as a matrix, in one axis, and as ``(column, row, n, t, u, o)``.
+    """
+
+    left: Array
+    right: Array
+    by_column: Array
+    inner: Array
+    inner_flat: Array
+    outputs: Array
+    flat: Array
+    y: Array
+
+
+def output_views(products: Array, grid: Grid, scratch: Scratch) -> OutputViews:
+    """Return the views of :func:`tile_outputs` for these products."""
+    dtype = products.dtype
+    left, right = (_matrices(line.method, dtype.char).a.T for line in (grid.rows, grid.columns))
+    n_rows, n_columns, images, tile_rows, tiles, channels = products.shape
+    m_rows, m_columns = left.shape[0], right.shape[0]
+    size = images * tile_rows * tiles * channels
+    by_column = products.reshape(n_rows, n_columns, size).transpose(1, 0, 2)
+    inner = by_column
+    if left.size > 1:
+        inner = scratch.get("gathered", (n_columns, m_rows, size), dtype)
+    inner_flat = inner.reshape(n_columns, m_rows * size)
+    outputs = inner_flat
+    if right.size > 1:
+        outputs = scratch.get("columns", (m_columns, m_rows * size), dtype)
+    y = outputs.reshape(m_columns, m_rows, images, tile_rows, tiles, channels)
+    return OutputViews(left, right, by_column, inner, inner_flat, outputs, outputs.reshape(-1), y)
 
 
 def tile_outputs(
@@ -243,6 +343,7 @@ def tile_outputs(
     target: Array,
     bias: Array | None,
     activation: Activation | None,
+    views: OutputViews | None = None,
 ) -> bool:
     """Write the outputs of a block's tiles, finished, into their place in ``target``.
 
@@ -258,6 +359,8 @@ def tile_outputs(
         ``(o,)``.
     activation : Activation, optional
         Applied to the biased sums.
+    views : OutputViews, optional
+        Of these products, made before.
 
     Returns
     -------
@@ -265,24 +368,15 @@ def tile_outputs(
         Whether all sums are finite, and their squares too. If not, nothing is written: an
         infinity or a NaN has spread over its tile, where the definition does not send it.
     """
-    dtype = products.dtype
-    left, right = (_matrices(line.method, dtype.char).a.T for line in (grid.rows, grid.columns))
-    n_rows, n_columns, images, tile_rows, tiles, channels = products.shape
-    m_rows, m_columns = left.shape[0], right.shape[0]
-    size = images * tile_rows * tiles * channels
-    inner = products
-    if left.size > 1:
-        inner = scratch.get("gathered", (n_columns, m_rows, size), dtype)
-        by_column = products.reshape(n_rows, n_columns, size).transpose(1, 0, 2)
-        np.matmul(left, by_column, out=inner)
-    outputs = inner
-    if right.size > 1:
-        outputs = scratch.get("columns", (m_columns, m_rows * size), dtype)
-        np.matmul(right, inner.reshape(n_columns, m_rows * size), out=outputs)
-    flat = outputs.reshape(-1)
-    if not np.isfinite(np.dot(flat, flat)):  # the quickest pass that no NaN or infinity survives
+    v = views or output_views(products, grid, scratch)
+    if v.left.size > 1:
+        np.matmul(v.left, v.by_column, out=v.inner)
+    if v.right.size > 1:
+        np.matmul(v.right, v.inner_flat, out=v.outputs)
+    if not np.isfinite(np.dot(v.flat, v.flat)):  # the quickest pass that nothing infinite survives
         return False
-    y = outputs.reshape(m_columns, m_rows, images, tile_rows, tiles, channels)
+    y = v.y
+    m_columns, m_rows, _, tile_rows, tiles, _ = y.shape
     if bias is not None:
         add_bias(y, bias)
     (n0, n1), (t0, t1) = block.images, block.tile_rows
