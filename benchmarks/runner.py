@@ -39,6 +39,9 @@ SCHEMA = 1
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 SIZES = (14, 28, 56, 112)
 
+#: Seconds before a turn, in which the threads of the peer before come to rest.
+SETTLE = 0.04
+
 
 class OptionsError(ValueError):
     """What was asked for cannot be run."""
@@ -287,6 +290,8 @@ class Runner:
                     continue
                 time.sleep(PAUSE)
                 try:
+                    # The threads of the peer before (OpenMP's, BLAS's) spin for a while.
+                    time.sleep(SETTLE)
                     answer = self._children[peer].ask("time", variant=variant, seconds=share)
                 except ChildError as error:
                     found[peer] = {"failed": str(error)}
