@@ -28,7 +28,7 @@ __all__ = ["DTYPES", "Options", "OptionsError", "Runner", "check", "exponent", "
 
 DTYPES = ("float32", "float64")
 #: Seconds between two turns: OpenBLAS's idle threads spin for some 25 ms.
-PAUSE = 0.03
+PAUSE = 0.05
 #: Seconds after which a child that does not answer is given up.
 TIMEOUT = 300.0
 #: Samples that are enough of a peer so slow that its time is used up.
@@ -38,9 +38,6 @@ SCHEMA = 1
 #: How far the layer of the scaling fits is varied.
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 SIZES = (14, 28, 56, 112)
-
-#: Seconds before a turn, in which the threads of the peer before come to rest.
-SETTLE = 0.04
 
 
 class OptionsError(ValueError):
@@ -290,8 +287,6 @@ class Runner:
                     continue
                 time.sleep(PAUSE)
                 try:
-                    # The threads of the peer before (OpenMP's, BLAS's) spin for a while.
-                    time.sleep(SETTLE)
                     answer = self._children[peer].ask("time", variant=variant, seconds=share)
                 except ChildError as error:
                     found[peer] = {"failed": str(error)}
