@@ -18,6 +18,7 @@ __all__ = [
     "ROWS",
     "SUM_ROWS",
     "add_bias",
+    "bias_line",
     "block_target",
     "flat_target",
     "gathered",
@@ -65,7 +66,8 @@ def block_target(depth: int, width: int, itemsize: int, share: int, least: int =
     """
     budget = settings.get_workspace_limit() // (2 * share)
     row = (2 * depth + width) * itemsize
-    return max(1, min(max(BUFFER // (depth * itemsize), least), budget // row))
+    # What is finished (bias, activation) must be in the cache still, too.
+    return max(1, min(max(BUFFER // (max(depth, width) * itemsize), least), budget // row))
 
 
 def run_shares(shares: tuple[Any, ...], work: Any) -> None:
@@ -163,25 +165,27 @@ def multiply(a: Array, b: Array, out: Array) -> None:
         np.matmul(a, b, out=out)
 
 
-def add_bias(out: Array, bias: Array) -> None:
-    """Add ``bias`` to the last axis of a contiguous array, in place.
+def bias_line(bias: Array) -> Array:
+    """Return the bias repeated to a long line, for :func:`add_bias`."""
+    return np.tile(bias, max(1, 2048 // len(bias)))
 
-    A few values at a time are repeated to a long line: NumPy's inner loop is the last axis,
-    and a short one takes several times as long.
+
+def add_bias(out: Array, line: Array, width: int) -> None:
+    """Add a bias of ``width`` values to the last axis of an array, in place.
+
+    Of a contiguous array to a whole line at a time: NumPy's inner loop is the last axis, and a
+    short one takes several times as long.
     """
-    width = len(bias)
-    rows = out.size // width if width else 0
-    times = min(rows, max(1, 1024 // max(1, width)))
-    if times <= 1 or not out.flags.c_contiguous:
-        out += bias
+    if not out.flags.c_contiguous or len(line) == width:
+        out += line[:width]
         return
     flat = out.reshape(-1)
-    line = np.tile(bias, times)
-    whole = rows // times * times * width
-    lines = flat[:whole].reshape(-1, times * width)
-    lines += line
-    rest = flat[whole:]
-    rest += line[: len(rest)]
+    whole = out.size // len(line) * len(line)
+    lines = flat[:whole].reshape(-1, len(line))
+    np.add(lines, line, out=lines)
+    if whole < out.size:
+        rest = flat[whole:]
+        np.add(rest, line[: len(rest)], out=rest)
 
 
 def gemm_windows(
@@ -214,6 +218,7 @@ def gemm_windows(
     dtype = matrices.dtype
     workers = worker_count(flops)
     target_rows = block_target(groups * depth, groups * width, dtype.itemsize, workers)
+    line = bias if bias is None else bias_line(bias)
     counts = targets[0].shape[:-1]
     if _few_rows(counts, target_rows, groups, width, workers):
         shares: tuple[tuple[Block, ...], ...] = ((tuple((0, n) for n in counts),),)
@@ -230,9 +235,9 @@ def gemm_windows(
                 out = scratch.get("product", (rows.shape[1], groups, width), dtype)
                 out = out.transpose(1, 0, 2)
             _multiply_by_columns(rows, matrices, out, spread)
-            if bias is not None:
+            if bias is not None and line is not None:
                 if groups == 1 and out.flags.c_contiguous:
-                    add_bias(out, bias)
+                    add_bias(out, line, width)
                 else:
                     out += bias.reshape(groups, 1, width)
             if activation is not None:

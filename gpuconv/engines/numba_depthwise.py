@@ -21,7 +21,7 @@ import numpy as np
 
 from gpuconv.engines.base import Engine, Pass
 from gpuconv.engines.epilogue import bias_sums
-from gpuconv.engines.im2col import add_bias, run_shares, worker_count
+from gpuconv.engines.im2col import add_bias, bias_line, run_shares, worker_count
 from gpuconv.engines.rates import rates
 from gpuconv.engines.windows import Block, blocks
 from gpuconv.problem import ConvProblem
@@ -160,14 +160,15 @@ class NumbaDepthwise(Engine):
         x, taps = np.ascontiguousarray(x), np.ascontiguousarray(w[..., 0, :])
         result = y if y.flags.c_contiguous else np.empty(y.shape, y.dtype)
         sizes = _sizes(problem)
+        line = None if b is None else bias_line(b)
 
         def work(_: int, share: tuple[Block, ...]) -> None:
             for (n0, n1), (first, last) in share:
                 for n in range(n0, n1):
                     run(x[n], taps, result[n], sizes, first, last)
                     done = result[n, first:last]
-                    if b is not None:
-                        add_bias(done, b)
+                    if line is not None:
+                        add_bias(done, line, problem.out_channels)
                     if problem.activation is not None:
                         problem.activation.fn(done, out=done)
 

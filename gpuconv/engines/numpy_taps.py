@@ -19,7 +19,14 @@ from gpuconv import settings, threads
 from gpuconv.activations import Activation
 from gpuconv.engines.base import Engine, Pass
 from gpuconv.engines.epilogue import bias_sums
-from gpuconv.engines.im2col import add_bias, run_shares, scratch, wide_dtype, worker_count
+from gpuconv.engines.im2col import (
+    add_bias,
+    bias_line,
+    run_shares,
+    scratch,
+    wide_dtype,
+    worker_count,
+)
 from gpuconv.engines.rates import efficiency, rates
 from gpuconv.engines.windows import Axis, Block, blocks, forward_axes, input_grad_phases
 from gpuconv.problem import ConvProblem
@@ -223,6 +230,7 @@ def _add_products(
     width = w.shape[-1]
     workers = worker_count(problem.flops)
     shares = blocks(target.shape[:-1], _rows(problem), workers)
+    line = None if bias is None else bias_line(bias)
 
     def work(_: int, share: tuple[Block, ...]) -> None:
         for block in share:
@@ -245,8 +253,8 @@ def _add_products(
                 np.matmul(left, w[tap], out=product)
                 place = total[(slice(None), *outputs)]
                 np.add(place, product.reshape(place.shape), out=place)
-            if bias is not None:
-                add_bias(total, bias)
+            if line is not None:
+                add_bias(total, line, width)
             if activation is not None:
                 activation.fn(total, out=total)
             if not direct:

@@ -34,6 +34,7 @@ from gpuconv.activations import Activation
 from gpuconv.engines.base import Engine, Pass
 from gpuconv.engines.epilogue import bias_sums
 from gpuconv.engines.im2col import (
+    bias_line,
     gemm_windows,
     run_shares,
     scratch,
@@ -405,6 +406,7 @@ def _correlate(
     sets, inputs, outputs = filters.shape[1:]
     workers = worker_count(problem.flops)
     finite = [True] * workers
+    line = None if bias is None else bias_line(bias)
 
     def buffers(grid: Grid, block: Block) -> tuple[Array, Array]:
         return (
@@ -435,7 +437,7 @@ def _correlate(
                 tile_factors(source, grid, block, False, scratch, of_tiles, before)
                 np.matmul(left, filters, out=out)
                 if not tile_outputs(
-                    products, grid, block, scratch, target, bias, activation, behind
+                    products, grid, block, scratch, target, line, activation, behind
                 ):
                     finite[k] = False
                     return
@@ -455,7 +457,7 @@ def _correlate(
         def finish(k: int, part: Block, place: Any, grid: Grid = grid, p: Array = products) -> None:
             done = tile_outputs(
                 p[(..., *place, slice(None), slice(None))],
-                grid, part, scratch, target, bias, activation,
+                grid, part, scratch, target, line, activation,
             )  # fmt: skip
             finite[k] = finite[k] and done
 

@@ -356,7 +356,7 @@ def tile_outputs(
     target : ndarray
         ``(n, rows, columns, o)``, any strides.
     bias : ndarray, optional
-        ``(o,)``.
+        As :func:`gpuconv.engines.im2col.bias_line` repeats it.
     activation : Activation, optional
         Applied to the biased sums.
     views : OutputViews, optional
@@ -378,7 +378,7 @@ def tile_outputs(
     y = v.y
     m_columns, m_rows, _, tile_rows, tiles, _ = y.shape
     if bias is not None:
-        add_bias(y, bias)
+        add_bias(y, bias, y.shape[-1])
     (n0, n1), (t0, t1) = block.images, block.tile_rows
     cells = target[n0:n1, grid.rows.cells, grid.columns.cells]
     last = min(grid.rows.outputs, t1 * m_rows)
