@@ -27,8 +27,11 @@ from benchmarks.suite import PASSES, Shape
 __all__ = ["DTYPES", "Options", "OptionsError", "Runner", "check", "exponent", "run"]
 
 DTYPES = ("float32", "float64")
-#: Seconds between two turns: OpenBLAS's idle threads spin for some 25 ms.
+#: Seconds between two turns, in which the threads of the peer before come to rest.
 PAUSE = 0.05
+#: The same after peers that leave the threads to OpenBLAS: its idle ones spin for longer.
+LONG_PAUSE = 0.3
+BLAS_PEERS = ("im2col64", "im2col", "loops")
 #: Seconds after which a child that does not answer is given up.
 TIMEOUT = 300.0
 #: Samples that are enough of a peer so slow that its time is used up.
@@ -276,6 +279,7 @@ class Runner:
             if entry["correct"] and not entry["once"]
         ]
         share = self.options.seconds / self.options.repeat
+        before = ""
         for number in range(self.options.repeat):
             at = number % max(1, len(turns))
             for peer, variant in turns[at:] + turns[:at]:
@@ -285,7 +289,8 @@ class Runner:
                 spent = entry["calls"] * sum(entry["times"])
                 if len(entry["times"]) >= ENOUGH and spent > self.options.seconds:
                     continue
-                time.sleep(PAUSE)
+                time.sleep(LONG_PAUSE if before in BLAS_PEERS else PAUSE)
+                before = peer
                 try:
                     answer = self._children[peer].ask("time", variant=variant, seconds=share)
                 except ChildError as error:
