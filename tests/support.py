@@ -162,6 +162,9 @@ def home(engine: str, mode: str | None = None, seed: int = 0) -> Iterator[Any]:
     of ``tests.cuda_on_cpu.stand_in`` given here or in ``GPUCONV_TEST_KERNELS``.
     """
     if engine in CPU_ENGINES:
+        missing = dispatch.get_engine(engine).unavailable()
+        if missing:
+            pytest.skip(missing)
         yield np
     elif real_gpu():
         yield runtime.cupy()
