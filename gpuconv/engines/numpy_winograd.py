@@ -69,6 +69,8 @@ Array = np.ndarray[Any, Any]
 BLOCK = 4_000_000
 #: The same where products are summed over the block, which costs a pass over the filters.
 SUM_BLOCK = 6_000_000
+#: Bytes of products that are formed before they are added to their sums.
+PRODUCT = 2_000_000
 #: Tiles under which reading the filters for a block takes longer than multiplying by them.
 FEW_TILES = 96
 #: Bytes of filters that do not stay in a core's own cache.
@@ -554,7 +556,10 @@ def _add_product(total: Array, left: Array, right: Array, first: bool) -> None:
     if first:
         np.matmul(left, right, out=total)
         return
-    for k in range(len(total)):  # one factor's product at a time stays in the cache
-        product = scratch.get("sum", total.shape[1:], total.dtype)
-        np.matmul(left[k], right[k], out=product)
-        total[k] += product
+    # As many factors at a time as stay in a cache; few calls, as workers wait for each other there.
+    step = max(1, PRODUCT // (total.nbytes // len(total)))
+    for k in range(0, len(total), step):
+        part = total[k : k + step]
+        product = scratch.get("sum", part.shape, total.dtype)
+        np.matmul(left[k : k + step], right[k : k + step], out=product)
+        np.add(part, product, out=part)
