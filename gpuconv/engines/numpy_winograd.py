@@ -187,11 +187,17 @@ def _seconds(problem: ConvProblem, plan: _Plan, pass_: Pass) -> float:
     seconds += 1.5 * 2 * filters * rows.r * columns.r
     seconds /= rate.product(size)
     copied = 3.0 * tiles * (c * rows.m * columns.n + o * rows.m * columns.m)
-    copied += 4 * filters + count * filters * (3 if summed else 2)
+    # Filters come from memory, which all workers share.
+    read = (4 * filters + count * filters * (3 if summed else 2)) * size / rate.copy
+    if filters * size < LARGE_FILTERS:
+        read /= workers
     calls = 30 * rate.call * count
     runs = tiles * rows.m * (columns.n + columns.m)  # of channels, copied one by one
     calls += 4e-9 * runs
-    return 4e-5 + 1e-5 * len(plan.grids) + (seconds + copied * size / rate.copy + calls) / workers
+    fixed = 4e-5 + 1e-5 * len(plan.grids) + read
+    # Several workers wait for each other between the steps of a block.
+    gain = workers if workers == 1 else workers / 1.2
+    return fixed + (seconds + copied * size / rate.copy + calls) / gain
 
 
 class NumpyWinograd(Engine):
@@ -353,7 +359,7 @@ def _shared(problem: ConvProblem, plan: _Plan, workers: int, summed: bool) -> bo
     filters = filters * plan.merged // problem.groups
     if workers == 1 or filters < LARGE_FILTERS:
         return False
-    return summed or plan.tiles(problem.batch) < FEW_TILES * workers
+    return summed or plan.tiles(problem.batch) < FEW_TILES // 2 * workers
 
 
 def _cut(
