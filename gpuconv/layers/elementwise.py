@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Mapping
 from typing import Any
 
@@ -163,8 +164,9 @@ class _Merge(LayerBase):
     def _retained_shape(self, X: Any) -> Shape:
         return tuple(X[0].shape)
 
+    @abc.abstractmethod
     def _combined(self, X: list[Array]) -> Array:
-        raise NotImplementedError
+        """Return the inputs combined, in front of the activation."""
 
     def _forward(self, X: list[Array], retain: bool) -> Array:
         Z = self._combined(X)
