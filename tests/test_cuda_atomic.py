@@ -14,7 +14,7 @@ from hypothesis import given, settings
 import gpuconv
 from gpuconv.activations import ReLU
 from gpuconv.cuda import kernels
-from gpuconv.engines import cuda_atomic
+from gpuconv.engines import cuda_arrays, cuda_atomic
 from gpuconv.profiling import named_ranges
 from tests.cuda_on_cpu import KernelError, compiler_available, sanitizer
 from tests.cuda_on_cpu.arrays import Memory, ndarray
@@ -85,7 +85,7 @@ def test_offsets_of_64_bits_give_the_same(
     xp: Any, monkeypatch: pytest.MonkeyPatch, name: str, dtype: str
 ) -> None:
     narrow = [host(got) for got, _ in compute(xp, CASE[name], dtype)]
-    monkeypatch.setattr(cuda_atomic, "_WIDE_FROM", 0)
+    monkeypatch.setattr(cuda_arrays, "WIDE_FROM", 0)
     used: list[kernels.Variant] = []
     launch = kernels.launch
     monkeypatch.setattr(kernels, "launch", lambda v, *rest: (used.append(v), launch(v, *rest))[1])

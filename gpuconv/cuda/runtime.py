@@ -56,9 +56,10 @@ def uninstall() -> None:
 def _forget() -> None:
     """Drop what was decided or compiled for the other module."""
     from gpuconv import dispatch
-    from gpuconv.cuda import kernels
+    from gpuconv.cuda import architecture, kernels
     from gpuconv.device import reset
 
     reset()
     kernels.clear()
+    architecture.forget()
     dispatch.clear()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -16,15 +15,22 @@ import numpy as np
 from gpuconv.activations import ELU, GELU, SELU, Activation, Affine, LeakyReLU, get_activation
 from gpuconv.cuda import kernels, runtime
 from gpuconv.engines.base import Engine, Pass
+from gpuconv.engines.cuda_arrays import (
+    NULL,
+    by_axis,
+    copied,
+    examples_at_once,
+    needs_wide_index,
+    parts,
+    sizes,
+    stored_image,
+    stored_weights,
+)
 from gpuconv.problem import CHANNELS_FIRST, ConvProblem
 
 __all__ = ["CudaAtomic", "sample_variants"]
 
 Array = Any
-
-_NULL = np.uintp(0)
-#: Offsets at or beyond this are held in 64 bits.
-_WIDE_FROM = 2**31
 
 
 @lru_cache(maxsize=1024)
@@ -41,9 +47,9 @@ def _variant(
     nd = len(kernel)
     defines = {
         "NDIM": str(nd),
-        **_by_axis("K", kernel),
-        **_by_axis("S", stride),
-        **_by_axis("D", dilation),
+        **by_axis("K", kernel),
+        **by_axis("S", stride),
+        **by_axis("D", dilation),
         "CHANNELS_FIRST": str(int(channels_first)),
         **kernels.activation_defines(activation),
     }
@@ -52,16 +58,6 @@ def _variant(
     end = kernels.suffix(dtype)
     functions = (f"conv{nd}d_forward_atomic_{end}", f"conv{nd}d_backward_atomic_{end}")
     return kernels.Variant("conv_atomic.cu", dtype, tuple(sorted(defines.items())), functions)
-
-
-def _by_axis(letter: str, values: tuple[int, ...]) -> dict[str, str]:
-    """Return the constants of an option for depth, rows and columns."""
-    return {letter + axis: str(v) for axis, v in zip("DHW", _three(values, 1), strict=True)}
-
-
-def _three(values: tuple[int, ...], fill: int) -> tuple[int, ...]:
-    """Return a value for depth, rows and columns; ``fill`` for axes that are not there."""
-    return (*(fill,) * (3 - len(values)), *values)
 
 
 def sample_variants() -> Iterator[kernels.Variant]:
@@ -108,15 +104,15 @@ class CudaAtomic(Engine):
         if pass_ == "weight_grad":
             return 4 * math.prod(problem.w_shape)
         example = 4 * math.prod(problem.x_shape[1:])
-        return example * _examples_at_once(problem, example)
+        return example * examples_at_once(problem, example)
 
     def forward(self, problem: ConvProblem, x: Array, w: Array, b: Array | None, y: Array) -> None:
         """Write ``act(conv(x, w) + b)`` into ``y``."""
         xp = runtime.cupy()
-        weights = xp.ascontiguousarray(_weights(problem, w))
-        bias = _NULL if b is None else xp.ascontiguousarray(b)
-        x, y = _image(problem, x), _image(problem, y)
-        for part, at in _parts(problem, _copied(x) + _copied(y)):
+        weights = xp.ascontiguousarray(stored_weights(problem, w))
+        bias = NULL if b is None else xp.ascontiguousarray(b)
+        x, y = stored_image(problem, x), stored_image(problem, y)
+        for part, at in parts(problem, copied(x) + copied(y)):
             target = y[at]
             in_place = target.flags.c_contiguous
             result = target if in_place else xp.empty(target.shape, y.dtype)
@@ -152,15 +148,15 @@ class CudaAtomic(Engine):
         not lie dense, and the float32 sums of 16-bit gradients) would exceed the workspace.
         """
         xp = runtime.cupy()
-        images = [None if a is None else _image(problem, a) for a in (dy, y, x)]
-        weights = _NULL if w is None else xp.ascontiguousarray(_weights(problem, w))
-        dx = None if dx is None else _image(problem, dx)
-        dw = None if dw is None else _weights(problem, dw)
+        images = [None if a is None else stored_image(problem, a) for a in (dy, y, x)]
+        weights = NULL if w is None else xp.ascontiguousarray(stored_weights(problem, w))
+        dx = None if dx is None else stored_image(problem, dx)
+        dw = None if dw is None else stored_weights(problem, dw)
         shared = [_Sums(dw), _Sums(db)]
-        example = sum(map(_copied, images)) + _Sums.example_bytes(dx)
-        for part, at in _parts(problem, example):
+        example = sum(map(copied, images)) + _Sums.example_bytes(dx)
+        for part, at in parts(problem, example):
             own = _Sums(None if dx is None else dx[at])
-            inputs = [_NULL if a is None else xp.ascontiguousarray(a[at]) for a in images]
+            inputs = [NULL if a is None else xp.ascontiguousarray(a[at]) for a in images]
             sums = [s.array for s in (own, *shared)]
             self._launch(part, "backward", (*inputs, weights, *sums))
             own.store()
@@ -173,25 +169,14 @@ class CudaAtomic(Engine):
         device = int(runtime.cupy().cuda.runtime.getDevice())
         elements = math.prod(problem.y_shape)
         grid = kernels.grid_for(elements, device)
-        # The largest offset, and the grid stride's overshoot, must fit the index.
-        largest = max(math.prod(problem.x_shape), math.prod(problem.w_shape), elements)
         variant = _variant(
             problem.dtype,
             problem.kernel,
             problem.stride,
             problem.dilation,
             problem.layout == CHANNELS_FIRST,
-            largest + grid * kernels.BLOCK >= _WIDE_FROM,
+            needs_wide_index(problem, grid * kernels.BLOCK),  # the grid's stride overshoots
             problem.activation,
-        )
-        sizes = (
-            problem.batch,
-            *_three(problem.in_shape, 1),
-            problem.in_channels,
-            *_three(problem.out_shape, 1),
-            problem.out_channels,
-            *_three(tuple(before for before, _ in problem.padding), 0),
-            problem.groups,
         )
         kernels.launch(
             variant,
@@ -199,7 +184,7 @@ class CudaAtomic(Engine):
             device,
             (grid,),
             (kernels.BLOCK,),
-            (*arrays, *map(np.int32, sizes)),
+            (*arrays, *sizes(problem)),
         )
 
 
@@ -209,7 +194,7 @@ class _Sums:
     def __init__(self, target: Array | None) -> None:
         self._target = target
         if target is None:
-            self.array = _NULL
+            self.array = NULL
         elif self._in_place(target):
             self.array = target
             target.fill(0)
@@ -235,40 +220,3 @@ class _Sums:
         """Put the sums where they are wanted, if they are not there."""
         if self._target is not None and self.array is not self._target:
             self._target[...] = self.array
-
-
-def _copied(array: Array | None) -> int:
-    """Return the bytes of the dense copy of an example; 0 where none is made."""
-    if array is None or array.flags.c_contiguous:
-        return 0
-    return int(math.prod(array.shape[1:]) * array.dtype.itemsize)
-
-
-def _examples_at_once(problem: ConvProblem, example: int) -> int:
-    """Return how many examples fit the workspace at ``example`` bytes each; one at least."""
-    if example == 0:
-        return problem.batch
-    return max(1, min(problem.batch, Engine.workspace_limit() // example))
-
-
-def _parts(problem: ConvProblem, example: int) -> Iterator[tuple[ConvProblem, slice]]:
-    """Yield parts of the batch, each within the workspace, and where they are."""
-    count = _examples_at_once(problem, example)
-    for start in range(0, problem.batch, count):
-        size = min(count, problem.batch - start)
-        part = problem if size == problem.batch else replace(problem, batch=size)
-        yield part, slice(start, start + size)
-
-
-def _image(problem: ConvProblem, view: Array) -> Array:
-    """Return a channels-last view in the order of the caller's memory."""
-    if problem.layout != CHANNELS_FIRST:
-        return view
-    return view.transpose(0, problem.ndim + 1, *range(1, problem.ndim + 1))
-
-
-def _weights(problem: ConvProblem, view: Array) -> Array:
-    """Return weights seen channels last in the order of the caller's memory."""
-    if problem.layout != CHANNELS_FIRST:
-        return view
-    return view.transpose(problem.ndim + 1, problem.ndim, *range(problem.ndim))
