@@ -12,7 +12,9 @@ is not monotone and has none.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import wraps
 from typing import Any, ClassVar
 
 import numpy as np
@@ -40,9 +42,33 @@ __all__ = [
 Array = Any
 
 
+def _through_float32(function: Callable[..., Array]) -> Callable[..., Array]:
+    """Return the method for bfloat16 as well: computed in float32, and rounded once.
+
+    NumPy and CuPy differ in what a bfloat16 and a Python number make, and round in between.
+    """
+
+    @wraps(function)
+    def call(self: Activation, x: Array, *args: Any, **kwargs: Any) -> Array:
+        if x.dtype.itemsize != 2 or x.dtype.name != "bfloat16":  # the text costs time
+            return function(self, x, *args, **kwargs)
+        out = args[0] if args else kwargs.get("out")
+        value = function(self, x.astype("float32"))
+        return _store(value.astype(x.dtype) if out is None else value, out)
+
+    return call
+
+
 @dataclass(frozen=True)
 class Activation:
     """An elementwise function with its first and second derivatives."""
+
+    def __init_subclass__(cls) -> None:
+        """Let the functions of a class take bfloat16, which it need not know of."""
+        super().__init_subclass__()
+        for name in ("fn", "grad", "grad2", "grad_from_output"):
+            if name in cls.__dict__:
+                setattr(cls, name, _through_float32(cls.__dict__[name]))
 
     #: The output determines the derivative (``grad_from_output`` exists).
     invertible: ClassVar[bool] = True

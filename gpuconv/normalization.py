@@ -372,7 +372,7 @@ def rows_grad(
     mean, inverse = statistics
     if xp is not np:
         hat = (x - mean) * inverse
-        dscaler, dintercept = (dy * hat).sum(axis=0), dy.sum(axis=0)
+        dscaler, dintercept = (dy * hat).sum(axis=0), dy.sum(axis=0, dtype=hat.dtype)
         if not needs_x:
             return None, dscaler, dintercept
         g = dy * scaler

@@ -16,6 +16,7 @@ from typing import Any
 
 from gpuconv.arguments import normal_name, parse_call, real
 from gpuconv.device import namespace
+from gpuconv.dtypes import is_half, widened
 from gpuconv.schedulers import Scheduler, get_scheduler
 
 __all__ = ["SGD", "AdaGrad", "Adam", "AdamW", "Optimizer", "RMSProp", "get_optimizer"]
@@ -92,6 +93,9 @@ class Optimizer(abc.ABC):
     ) -> Array:
         """Return the updated parameter as a new array.
 
+        That of a half is computed in float32, and so is what is remembered of it; a step far
+        smaller than the parameter is still lost, other than with float32 copies of the parameters.
+
         Parameters
         ----------
         param, param_grad : ndarray
@@ -111,6 +115,9 @@ class Optimizer(abc.ABC):
                 f"param_grad has shape {param_grad.shape}; expected {param.shape}, that of "
                 f"the parameter {param_name!r}"
             )
+        if is_half(param):
+            changed = self.update(widened(param), widened(param_grad), param_name, cur_loss)
+            return changed.astype(param.dtype)
         limit = self.hyperparameters["clip_norm"]
         if limit is not None:
             xp = namespace(param_grad)

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from gpuconv import threads
+from gpuconv.dtypes import is_half, widened
 from gpuconv.engines.im2col import run_shares, worker_count
 
-__all__ = ["product"]
+__all__ = ["column_sums", "product"]
 
 Array = Any
 
@@ -23,7 +24,13 @@ _SMALL = 2**19
 
 
 def product(a: Array, b: Array) -> Array:
-    """Return ``a @ b``, two matrices of NumPy or CuPy."""
+    """Return ``a @ b``, two matrices of NumPy or CuPy and of one dtype.
+
+    Halves are multiplied in float32: NumPy's BLAS has none of them, and cuBLAS adds up in float32
+    itself, but knows bfloat16 only from compute capability 8.0 on.
+    """
+    if is_half(a) and (type(a) is np.ndarray or _lacks_bfloat16(a)):
+        return product(widened(a), widened(b)).astype(a.dtype)
     flops = 2 * a.size * b.shape[-1]
     if type(a) is not np.ndarray or type(b) is not np.ndarray or flops < _SMALL:
         return a @ b
@@ -41,3 +48,14 @@ def product(a: Array, b: Array) -> Array:
     with threads.single_threaded_blas():
         run_shares(shares, work)
     return out
+
+
+def _lacks_bfloat16(a: Array) -> bool:
+    """Return whether the array is of bfloat16, on a GPU whose matrix products have none."""
+    return a.dtype.name == "bfloat16" and int(a.device.compute_capability) < 80
+
+
+def column_sums(a: Array) -> Array:
+    """Return the sum of every column of a matrix as a row, added up in float32 for halves."""
+    wide = "float32" if is_half(a) else a.dtype
+    return a.sum(axis=0, dtype=wide, keepdims=True).astype(a.dtype, copy=False)

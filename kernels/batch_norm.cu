@@ -14,7 +14,7 @@
 // The mean moves along with the numbers (Welford 1962), and parts are joined by the formula of
 // Chan, Golub and LeVeque (1979): a mean far from zero costs no digits.
 //
-// Compile-time constants: DTYPE_F32 | DTYPE_F64 | DTYPE_F16, INDEX_64, ACT. Blocks are (32, 8);
+// Compile-time constants: DTYPE_F32 | DTYPE_F64 | DTYPE_F16 | DTYPE_BF16, INDEX_64, ACT. Blocks are (32, 8);
 // grids (tiles of 32 columns, strips) for the sums, and any in one dimension for the rest.
 
 #include "common.cuh"
@@ -163,4 +163,7 @@ KERNELS(double, f64)
 #endif
 #ifdef DTYPE_F16
 KERNELS(__half, f16)
+#endif
+#ifdef DTYPE_BF16
+KERNELS(__nv_bfloat16, bf16)
 #endif

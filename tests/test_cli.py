@@ -126,7 +126,6 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "shift": (["train", "digits", "--shift", "-1"], "--shift: '-1' is not a number of at least 0"),
     "seed": (["train", "digits", "--seed", "-1"], "--seed: '-1' is not an integer of at least 0"),
     "dtype": (["train", "digits", "--dtype", "int8"], "invalid choice: 'int8'"),
-    "dtype of no layer": (["train", "digits", "--dtype", "bfloat16"], "the layers do not compute in bfloat16"),
     "graph on the CPU": (["train", "digits", "--cuda-graph", "--device", "cpu"], "--cuda-graph needs a GPU; the run computes on cpu"),
     "log interval": (["train", "digits", "--log-interval", "0"], "--log-interval: '0' is not an integer"),
     "threads": (["train", "digits", "--threads", "0"], "--threads: '0' is not an integer"),

@@ -351,7 +351,7 @@ def batches_of(*sizes: int) -> list[Any]:
     return [(x[a:b], y[a:b]) for a, b in zip(ends, ends[1:], strict=False)]
 
 
-@pytest.mark.parametrize("precision", [Full, lambda: Mixed("float16")])
+@pytest.mark.parametrize("precision", [Full, lambda: Mixed("float16"), lambda: Mixed("bfloat16")])
 def test_captured_steps_are_the_uncaptured_ones(precision: Callable[[], Any]) -> None:
     capture, batches = Repeating(), batches_of(16, 16, 5, 16, 5)
     net, found = captured(precision(), capture, batches)

@@ -218,6 +218,31 @@ def test_state_dict_without_names_is_that_of_a_sequential() -> None:
     assert model.parameters["0.W"].dtype == "float32"
 
 
+def test_bfloat16_goes_through_every_format(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("ml_dtypes")
+    layers = [Conv2D(4, (3, 3)), BatchNorm2D(act_fn="ReLU"), Flatten(), FullyConnected(3)]
+    model = Sequential(layers, rng=0)
+    model.build((1, 6, 5, 1), "bfloat16")
+    x = images((6, 5, 1)).astype("bfloat16")
+    want = model.forward(x, False)
+    io.save(model, tmp_path / "own.safetensors")
+    read = [io.load(tmp_path / "own.safetensors")]
+    for name in ("a.pt", "a.safetensors"):
+        io.save_state_dict(model, tmp_path / name)
+        read.append(Sequential.from_config(model.config()))
+        read[-1].build((1, 6, 5, 1), "bfloat16")
+        io.load_state_dict(read[-1], tmp_path / name)
+    for other in read:
+        assert other.dtype == want.dtype.name == "bfloat16"
+        assert other.forward(x, False).tobytes() == want.tobytes()
+    assert torch.load(tmp_path / "a.pt")["0.weight"].dtype == torch.bfloat16
+    ort = pytest.importorskip("onnxruntime")
+    session = ort.InferenceSession(io.export_onnx(model))  # in float32, as ONNX has no other
+    found = session.run(None, {"X": x.astype("float32")})[0]
+    np.testing.assert_allclose(found, want.astype("float32"), atol=2e-2)
+
+
 def test_components_of_modules_have_names() -> None:
     model = Sequential([ResidualBlock(4, 2)], rng=0)
     model.build((1, 6, 6, 2))

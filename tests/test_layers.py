@@ -347,9 +347,11 @@ def test_one_seed_gives_the_same_weights_in_every_dtype() -> None:
     np.testing.assert_array_equal(first.astype("float32"), third)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("name", NAMES)
 def test_results_keep_the_dtype(name: str, dtype: str) -> None:
+    if dtype == "bfloat16":
+        pytest.importorskip("ml_dtypes")
     layer, X = make(name)
     Y = layer.forward(X.astype(dtype))
     assert Y.dtype == dtype

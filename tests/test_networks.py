@@ -192,9 +192,11 @@ def test_wrong_calls(call: Any, message: str) -> None:
 # ---------------------------------------------------------------------------------- training
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("name", MODELS)
 def test_the_loop_trains_each(name: str, dtype: str) -> None:
+    if dtype == "bfloat16":
+        pytest.importorskip("ml_dtypes")
     from gpuconv.training.loop import fit
     from gpuconv.training.precision import precision_for
     from gpuconv.training.recipe import Recipe, make_network

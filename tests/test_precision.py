@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -162,17 +163,20 @@ def test_a_half_run_is_taken_up_again_bit_for_bit(here: Path) -> None:
         assert value.tobytes() == again.precision.masters[name].tobytes()
 
 
-def test_the_command_trains_and_predicts_in_float16(here: Path, capsys: Any) -> None:
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_the_command_trains_and_predicts_in_halves(dtype: str, here: Path, capsys: Any) -> None:
+    if dtype == "bfloat16":
+        pytest.importorskip("ml_dtypes")
     data = str(save(here / "a.npz"))
-    options = ["--data", data, "--dtype", "float16", "--epochs", "12", "--out", "r", *COMMON]
+    options = ["--data", data, "--dtype", dtype, "--epochs", "12", "--out", "r", *COMMON]
     assert main(["train", *options]) == 0
-    assert "parameters, float16" in capsys.readouterr().out
+    assert f"parameters, {dtype}" in capsys.readouterr().out
     assert metrics(here / "r")[-1]["test_accuracy"] > 0.6
     assert main(["predict", "r", data, *COMMON]) == 0
-    assert "accuracy 0." in capsys.readouterr().out or "accuracy 1." in capsys.readouterr().out
+    assert re.search(r"^accuracy [01]\.\d+ \(\d+ of 60 images\)$", capsys.readouterr().out, re.M)
     header, tensors = checkpoint.read(here / "r" / run.MODEL, "model")
-    assert header["dtype"] == "float16"
-    assert {t.dtype.name for t in tensors.values()} == {"float16"}
+    assert header["dtype"] == dtype
+    assert {t.dtype.name for t in tensors.values()} == {dtype}
 
 
 BROKEN: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], None], str]] = {

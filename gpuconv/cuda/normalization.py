@@ -16,7 +16,7 @@ __all__ = ["column_statistics", "columns_grad", "normalized_columns", "sample_va
 Array = Any
 
 _NULL = np.uintp(0)
-_DTYPES = ("float32", "float64", "float16")
+_DTYPES = ("float32", "float64", "float16", "bfloat16")
 #: Sizes at or beyond this are counted in 64 bits; the grid's stride may go beyond the size.
 _WIDE_FROM = 2**31 - 2**27
 _LANES, _WARPS = 32, 8

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from gpuconv.device import namespace
+from gpuconv.dtypes import is_half
 from gpuconv.engines.im2col import run_shares, scratch, wide_dtype, worker_count
 from gpuconv.engines.windows import blocks
 
@@ -118,7 +119,7 @@ def pool(x: Array, y: Array, w: Windows, mode: str, padded: str) -> None:
         part = w.rows(*rows)
         source = x[images]
         target = y[(images, *at_axis(w.first, slice(*rows))[1:])]
-        if source.dtype.itemsize == 2:
+        if is_half(source):
             source, part = widened(xp, source, part)
         for axis in range(len(w.kernel)):
             final = axis == len(w.kernel) - 1
@@ -221,7 +222,11 @@ def mean_grad(dy: Array, dx: Array, w: Windows, padded: str) -> None:
         inside = (images, *at_axis(w.first, slice(low, high))[1:])
         share = new(xp, "pool share", dy[inside].shape, wide_dtype(dy.dtype.name))
         factor = scale if isinstance(scale, float) else scale[at_axis(w.first, slice(low, high))]  # type: ignore[index]
-        xp.multiply(dy[inside], factor, out=share)
+        if is_half(dy):  # as a half times a number is a half in CuPy
+            share[...] = dy[inside]
+            share *= factor
+        else:
+            xp.multiply(dy[inside], factor, out=share)
         _spread(xp, share, target, w.rows(low, high), rows)
 
     by_blocks(xp, dx, w, w.size[0], work)

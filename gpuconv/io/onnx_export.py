@@ -281,7 +281,8 @@ def export_onnx(
     -------
     bytes
         The serialised ``ModelProto``, of operator set :data:`OPSET`. Inputs are named ``X`` (or
-        ``X0``, ``X1``, ...), the output ``Y``; all lie as here, channels last.
+        ``X0``, ``X1``, ...), the output ``Y``; all lie as here, channels last. A network of
+        bfloat16, in which that operator set has no convolution, is written in float32.
 
     Raises
     ------
@@ -301,6 +302,8 @@ def export_onnx(
     given: list[Any] = list(shape)
     shapes = [tuple(s) for s in given] if merged else [tuple(given)]
     dtype = model.dtype or "float32"
+    if dtype == "bfloat16":  # in which operator set 17 has no convolution
+        dtype = "float32"
     graph = _Graph(onnx, dtype)
     element = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
     names = [f"X{k}" for k in range(len(shapes))] if merged else ["X"]

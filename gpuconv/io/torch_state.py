@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from gpuconv.device import asnumpy
+from gpuconv.dtypes import known_dtype
 from gpuconv.layers import (
     BatchNorm1D,
     Conv1D,
@@ -212,7 +213,7 @@ def _numbers(name: str, value: Any) -> Values:
             value = value.float()
         value = value.numpy()
     array = asnumpy(value)
-    if array.dtype.kind != "f":
+    if array.dtype.kind != "f" and array.dtype.name != "bfloat16":
         raise TypeError(f"state's {name} has dtype {array.dtype}; expected floating point")
     return array
 
@@ -241,7 +242,13 @@ def save_state_dict(
         write_bytes(path, importlib.import_module("safetensors.numpy").save(state))
         return
     torch = importlib.import_module("torch")
-    torch.save({name: torch.from_numpy(value) for name, value in state.items()}, path)
+    torch.save({name: _tensor(torch, value) for name, value in state.items()}, path)
+
+
+def _tensor(torch: Any, value: Values) -> Any:
+    if value.dtype.name == "bfloat16":  # of which PyTorch knows NumPy's bits alone
+        return torch.from_numpy(value.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(value)
 
 
 def load_state_dict(
@@ -266,18 +273,29 @@ def load_state_dict(
         If PyTorch is needed and not installed; if the file cannot be read.
     """
     path = Path(path)
-    with open(path, "rb") as opened:
-        content = opened.read() if path.suffix == ".safetensors" else b""
-    if content:
-        package = importlib.import_module("safetensors.numpy")
-        try:
-            state = package.load(content)
-        except Exception as error:  # its own class, which is not imported here
-            raise ValueError(f"{path} is no safetensors file, or truncated: {error}") from error
-        return from_state_dict(model, state, names)
+    with open(path, "rb"):  # a missing file is said by its name
+        pass
+    if path.suffix == ".safetensors":
+        return from_state_dict(model, _from_safetensors(path), names)
     torch = importlib.import_module("torch")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"{path} is no file of torch.save, or truncated: {error}") from error
     return from_state_dict(model, state, names)
+
+
+def _from_safetensors(path: Path) -> dict[str, Values]:
+    package = importlib.import_module("safetensors")
+    state: dict[str, Values] = {}
+    try:
+        with package.safe_open(path, framework="numpy") as opened:
+            for name in opened.keys():  # noqa: SIM118  (no mapping: it has keys() alone)
+                if opened.get_slice(name).get_dtype() == "BF16":
+                    known_dtype("bfloat16")
+                state[name] = opened.get_tensor(name)
+    except ImportError:
+        raise
+    except Exception as error:  # its own class, which is not imported here
+        raise ValueError(f"{path} is no safetensors file, or truncated: {error}") from error
+    return state

@@ -17,6 +17,7 @@ import numpy as np
 from gpuconv.activations import Activation, get_activation
 from gpuconv.device import CPU, Device, asarray, device_of, namespace, parse_device
 from gpuconv.device import device as default_device
+from gpuconv.dtypes import known_dtype
 from gpuconv.initializers import Rng, generator, get_initializer, glorot_gain
 from gpuconv.layers.interface import Array, Layer, Shape
 from gpuconv.optimizers import Optimizer, get_optimizer
@@ -24,8 +25,8 @@ from gpuconv.profiling import ranges
 
 __all__ = ["Array", "LayerBase", "Lazy", "Shape", "activation_of"]
 
-FLOATS = ("float16", "float32", "float64")
-_NAMES = {np.dtype(name): name for name in FLOATS}
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+_NAMES = {np.dtype(name): name for name in FLOATS if name != "bfloat16"}
 
 
 def dtype_name(dtype: Any) -> str:
@@ -172,7 +173,7 @@ class LayerBase(Layer):
         Parameters
         ----------
         X : ndarray
-            The input: a NumPy or CuPy array of float16, float32 or float64.
+            The input: a NumPy or CuPy array of float16, bfloat16, float32 or float64.
         retain_derived : bool
             Whether :meth:`backward` will want this input's gradient.
 
@@ -240,11 +241,13 @@ class LayerBase(Layer):
         ----------
         shape : sequence of int
             Of the input, batch included.
-        dtype : {"float16", "float32", "float64"}
+        dtype : {"float16", "bfloat16", "float32", "float64"}
             Of the input.
 
         Raises
         ------
+        ImportError
+            If it is bfloat16, and ml_dtypes is not installed or CuPy too old.
         TypeError, ValueError
             If the layer takes no such input, or has another dtype already.
         """
@@ -258,6 +261,7 @@ class LayerBase(Layer):
         return out
 
     def _settle(self, shape: Shape, dtype: str, place: Device) -> None:
+        known_dtype(dtype, place)
         self.device, self.dtype = place, dtype
         if not self.is_initialized:
             self._init_params(shape)
@@ -326,8 +330,13 @@ class LayerBase(Layer):
     def _zeros(self, shape: Shape) -> Array:
         return self._placed(np.zeros(shape))
 
-    def _placed(self, values: Array) -> Array:
-        return asarray(values, self.device, self.dtype)
+    def _placed(self, values: Array, name: str | None = None) -> Array:
+        """Return the values on the layer's device, in the dtype of the parameter ``name``."""
+        return asarray(values, self.device, self._parameter_dtype(name))
+
+    def _parameter_dtype(self, name: str | None) -> str | None:
+        """Return the dtype that a parameter is kept in: the layer's."""
+        return self.dtype
 
     def _reset_gradients(self) -> None:
         for name, value in self.parameters.items():
@@ -471,7 +480,7 @@ class LayerBase(Layer):
             )
             self.dtype = first.dtype.name
         for name, value in parameters.items():
-            self.parameters[name] = self._placed(value).copy()  # nobody else's to change
+            self.parameters[name] = self._placed(value, name).copy()  # nobody else's to change
         self._reset_gradients()
         self.is_initialized = True
         self._follow_parameters()

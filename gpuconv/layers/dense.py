@@ -13,7 +13,7 @@ from gpuconv.device import Device
 from gpuconv.initializers import Rng, get_initializer
 from gpuconv.layers.base import Array, LayerBase, Lazy, Shape, activation_of
 from gpuconv.optimizers import Optimizer
-from gpuconv.products import product
+from gpuconv.products import column_sums, product
 
 __all__ = ["Flatten", "FullyConnected"]
 
@@ -135,7 +135,7 @@ class FullyConnected(LayerBase):
         dX = product(dZ, self.parameters["W"].T) if input_grad else None
         if not needs_params:
             return dX, {}
-        return dX, {"W": product(self.X[index].T, dZ), "b": dZ.sum(axis=0, keepdims=True)}
+        return dX, {"W": product(self.X[index].T, dZ), "b": column_sums(dZ)}
 
     def _parameter_names(self) -> tuple[str, ...]:
         return ("W", "b")

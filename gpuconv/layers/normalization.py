@@ -11,6 +11,7 @@ import numpy as np
 from gpuconv.activations import Activation, Identity
 from gpuconv.arguments import integer, real
 from gpuconv.device import Device, namespace
+from gpuconv.dtypes import HALVES
 from gpuconv.initializers import Rng, generator
 from gpuconv.layers.base import Array, LayerBase, Shape, activation_of
 from gpuconv.normalization import (
@@ -158,8 +159,16 @@ class _BatchNorm(_Normalization):
 
     def _init_params(self, shape: Shape) -> None:
         super()._init_params(shape)
-        self.parameters["running_var"] = self._placed(np.ones(shape[-1]))
-        self.parameters["running_mean"] = self._zeros(shape[-1:])
+        self._reset_running(shape[-1:])
+
+    def _reset_running(self, shape: Shape) -> None:
+        for name, first in (("running_var", np.ones(shape)), ("running_mean", np.zeros(shape))):
+            self.parameters[name] = self._placed(first, name)
+
+    def _parameter_dtype(self, name: str | None) -> str | None:
+        # In a half a tenth of a small difference would not move the running values any more.
+        wide = name in ("running_var", "running_mean") and self.dtype in HALVES
+        return "float32" if wide else self.dtype
 
     def _parameter_names(self) -> tuple[str, ...]:
         return ("scaler", "intercept", "running_var", "running_mean")
@@ -174,9 +183,7 @@ class _BatchNorm(_Normalization):
         """
         self._check_trainable()
         if self.is_initialized:
-            size = self.parameters["scaler"].shape
-            self.parameters["running_mean"] = self._zeros(size)
-            self.parameters["running_var"] = self._placed(np.ones(size))
+            self._reset_running(self.parameters["scaler"].shape)
 
     def _forward(self, X: Array, retain: bool) -> Array:
         xp, own = namespace(X), self.parameters
@@ -186,11 +193,9 @@ class _BatchNorm(_Normalization):
             mean, variance = column_statistics(rows)
             for name, value in (("running_mean", mean), ("running_var", variance)):
                 moved = self.momentum * own[name] + (1 - self.momentum) * value
-                own[name] = moved.astype(X.dtype)
+                own[name] = moved.astype(own[name].dtype, copy=False)
         else:
             mean, variance = own["running_mean"], own["running_var"]
-            if X.dtype.itemsize < 4:
-                mean, variance = mean.astype("float32"), variance.astype("float32")
         inverse = 1 / xp.sqrt(variance + self.epsilon)
         if retain:
             self._statistics.append((mean, inverse, of_batch))
@@ -254,7 +259,8 @@ _BATCH_DOC = """Batch normalisation of {what}: ``scaler * (X - mean) / deviation
     ----------
     parameters : dict
         ``scaler``, ``intercept``, ``running_mean`` and ``running_var``, one value for each
-        {which}; the first two are trained.
+        {which}; the first two are trained. The running values are float32 where the layer's
+        dtype is a half.
 
     Notes
     -----

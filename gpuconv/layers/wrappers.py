@@ -16,6 +16,11 @@ from gpuconv.optimizers import Optimizer
 __all__ = ["Dropout"]
 
 
+def _scaled(a: Array, scale: float) -> Array:
+    """Return ``a * scale`` in the dtype of ``a``: of bfloat16 NumPy makes float32."""
+    return (a * scale).astype(a.dtype, copy=False)
+
+
 class Dropout(Layer):
     """A layer whose input loses each value with probability ``p`` while it is trained [1]_.
 
@@ -174,7 +179,7 @@ class Dropout(Layer):
         scale = 1 / (1 - self.p)
         place = getattr(base, "device", None)
         self._retain(mask if place is None else asarray(mask, place), mask, scale)
-        return Y * scale
+        return _scaled(Y, scale)
 
     def _retain(self, used: Array | None, mask: Array, scale: float) -> None:
         self._retained.append((used, scale))
@@ -187,7 +192,7 @@ class Dropout(Layer):
         given = list(dLdy) if isinstance(dLdy, (list, tuple)) else [dLdy]
         if len(given) == len(self._retained):
             given = [
-                dy * scale if hasattr(dy, "dtype") else dy
+                _scaled(dy, scale) if hasattr(dy, "dtype") else dy
                 for dy, (_, scale) in zip(given, self._retained, strict=True)
             ]
         found = self._base_layer.backpropagate(given, retain_grads, input_grad)

@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from gpuconv.dtypes import known_dtype
+from gpuconv.layers.base import FLOATS, dtype_name
 from gpuconv.training.data import Scaling
 from gpuconv.training.files import write_bytes
 
@@ -40,7 +42,7 @@ class ModelInfo:
     scaling : Scaling
         Applied to an image before the first layer.
     dtype : str
-        ``"float16"``, ``"float32"`` or ``"float64"``.
+        ``"float16"``, ``"bfloat16"``, ``"float32"`` or ``"float64"``.
     """
 
     config: dict[str, Any]
@@ -81,8 +83,8 @@ class ModelInfo:
             raise ValueError(f"{path}: image_shape is {shape}; expected rows, columns, channels")
         if not len(shift) == len(scale) == shape[2] or not np.isfinite([*shift, *scale]).all():
             raise ValueError(f"{path}: scaling does not hold {shape[2]} finite numbers each")
-        if dtype not in ("float16", "float32", "float64"):
-            raise ValueError(f"{path}: dtype is {dtype!r}; expected float16, float32 or float64")
+        if dtype not in FLOATS:
+            raise ValueError(f"{path}: dtype is {dtype!r}; expected one of {', '.join(FLOATS)}")
         return cls(config, classes, (shape[0], shape[1], shape[2]), Scaling(shift, scale), dtype)
 
 
@@ -157,6 +159,8 @@ def read(
         kind, or a tensor holds NaN or infinity; the text names the file and what is wrong.
     OSError
         If it is not there or cannot be read.
+    ImportError
+        If it holds bfloat16, and ml_dtypes is not installed.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -172,11 +176,13 @@ def read(
             metadata = opened.metadata() or {}
             header = _header(metadata, kind, path)
             for name in opened.keys():  # noqa: SIM118  (no mapping: it has keys() alone)
+                if opened.get_slice(name).get_dtype() == "BF16":
+                    known_dtype("bfloat16")
                 tensors[name] = opened.get_tensor(name)
     except (SafetensorError, OSError, TypeError, AttributeError, KeyError) as error:
         raise ValueError(f"{path} is truncated, corrupt or no safetensors file: {error}") from error
     for name, value in tensors.items():
-        if value.dtype.kind == "f" and not np.isfinite(value).all():
+        if dtype_name(value.dtype) in FLOATS and not np.isfinite(value).all():
             raise ValueError(f"{path}: tensor {name!r} holds NaN or infinity")
     return header, tensors
 

@@ -62,7 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--dtype",
         choices=["float16", "bfloat16", "float32", "float64"],
-        help="to compute in (float32); float16 has float32 master weights and a scaled loss",
+        help="to compute in (float32); float16 and bfloat16 have float32 master weights, and "
+        "float16 a scaled loss; bfloat16 needs gpuconv[bfloat16], and CuPy 14 on a GPU",
     )
     add(
         "--log-interval",

@@ -17,17 +17,15 @@ import numpy as np
 
 from gpuconv.arguments import integer, real
 from gpuconv.device import asarray, asnumpy, namespace
+from gpuconv.dtypes import HALVES
 from gpuconv.losses import CrossEntropy
 from gpuconv.models import Sequential
 from gpuconv.profiling import ranges
 from gpuconv.training.watch import leaves, named_leaves
 
-__all__ = ["HALVES", "Full", "Mixed", "Precision", "UnderflowError", "precision_for"]
+__all__ = ["Full", "Mixed", "Precision", "UnderflowError", "precision_for"]
 
 Array = Any
-
-#: The dtypes that are trained with master weights.
-HALVES = ("float16", "bfloat16")
 
 
 class UnderflowError(ArithmeticError):

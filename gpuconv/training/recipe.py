@@ -16,7 +16,7 @@ from gpuconv.training.data import warp_images
 __all__ = ["DTYPES", "Recipe", "make_network", "make_optimizer", "network_layers"]
 
 #: That a network can be trained in.
-DTYPES = ("float16", "float32", "float64")
+DTYPES = ("float16", "bfloat16", "float32", "float64")
 #: The network made for the images' size.
 AUTO = "auto"
 #: Channels of the blocks of two convolutions each; further blocks repeat the last.
@@ -46,7 +46,8 @@ class Recipe:
     seed : int
         For the split, the first weights, the order of the images and what is done to them.
     dtype : str
-        ``"float16"`` (with float32 master weights), ``"float32"`` or ``"float64"``.
+        ``"float16"`` or ``"bfloat16"`` (with float32 master weights), ``"float32"`` or
+        ``"float64"``.
     model : str
         ``"auto"``, the layers of :func:`network_layers`, or a name of
         :data:`gpuconv.models.MODELS`.
@@ -73,8 +74,7 @@ class Recipe:
         real("zoom", self.zoom, 0, 1)
         integer("seed", self.seed, 0)
         if self.dtype not in DTYPES:
-            why = ": the layers do not compute in bfloat16" if self.dtype == "bfloat16" else ""
-            raise ValueError(f"dtype is {self.dtype!r}; expected one of {', '.join(DTYPES)}{why}")
+            raise ValueError(f"dtype is {self.dtype!r}; expected one of {', '.join(DTYPES)}")
         if self.model != AUTO and self.model not in MODELS:
             raise ValueError(
                 f"model is {self.model!r}; expected one of {', '.join([AUTO, *MODELS])}"

@@ -424,7 +424,9 @@ def _remembered(optimizer: str, net: Sequential, dtype: str | None = None) -> di
     probe.step()
     probe(np.zeros(1), np.zeros(1), "p")
     parts = [name.partition(".")[2] for name in probe.state()[1]]
-    own = {n: v if dtype is None else v.astype(dtype) for n, v in net.tensors().items()}
+    # Of the trained ones: running statistics have no gradient.
+    trained = {n: v for n, v in net.tensors().items() if n in net.gradients}
+    own = {n: v if dtype is None else v.astype(dtype) for n, v in trained.items()}
     return {f"{name}.{part}": value for name, value in own.items() for part in parts}
 
 

@@ -43,6 +43,8 @@ class Home:
         Bytes of the arrays there are, and the most there were.
     refused : list of int
         Bytes of the arrays for which there was no room.
+    compute_capability : str
+        Of every device.
     """
 
     def __init__(self, mode: str = "fast", devices: int = 1) -> None:
@@ -50,6 +52,7 @@ class Home:
         self.limit: int | None = None
         self.used = self.peak = 0
         self.refused: list[int] = []
+        self.compute_capability = "80"
         self._here = threading.local()
 
     def take(self, size: int) -> None:
@@ -240,7 +243,9 @@ class ndarray:
     T = property(lambda self: wrap(self._a.T, (self,)))
     real = property(lambda self: wrap(self._a.real, (self,)))
     imag = property(lambda self: wrap(self._a.imag, (self,)))
-    device = property(lambda self: SimpleNamespace(id=self._device))
+    device = property(
+        lambda self: SimpleNamespace(id=self._device, compute_capability=home().compute_capability)
+    )
 
     @property
     def data(self) -> Any:
@@ -351,10 +356,26 @@ def function(numpys: Callable[..., Any], strict: bool = False) -> Callable[..., 
         named = {k: unwrap(v, sources) for k, v in kwargs.items()}
         for source in sources:
             source._check_device()
+        if isinstance(numpys, np.ufunc) and any(s.dtype.name == "bfloat16" for s in sources):
+            return wrap(_of_bfloat16(numpys, plain, named), sources)
         return wrap(numpys(*plain, **named), sources)
 
     call.__name__ = getattr(numpys, "__name__", "call")
     return call
+
+
+def _of_bfloat16(ufunc: np.ufunc, plain: list[Any], named: dict[str, Any]) -> Any:
+    """Return what CuPy makes of bfloat16: numbers take its dtype, and so do products of matrices.
+
+    In NumPy both are float32.
+    """
+    kinds = {a.dtype for a in plain if isinstance(a, np.ndarray)}
+    if len(kinds) > 1:
+        return ufunc(*plain, **named)
+    (kind,) = kinds
+    if ufunc is np.matmul and "out" not in named:
+        return ufunc(*(a.astype(np.float32) for a in plain)).astype(kind)
+    return ufunc(*(kind.type(a) if isinstance(a, (int, float)) else a for a in plain), **named)
 
 
 def _method(name: str) -> Callable[..., Any]:

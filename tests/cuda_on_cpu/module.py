@@ -305,7 +305,11 @@ class Device:
             "ClockRate": 1_000_000, "MemoryClockRate": 1_000_000, "GlobalMemoryBusWidth": 64,
         }  # fmt: skip
 
-    compute_capability = "80"
+    @property
+    def compute_capability(self) -> str:
+        """That of the stand-in's devices."""
+        return self._home.compute_capability
+
     mem_info = (1 << 30, 1 << 30)
 
     def use(self) -> None:
