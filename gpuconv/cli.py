@@ -169,7 +169,12 @@ def convolution_arguments(command: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="NHWC or NCHW, channels_last or channels_first (the former)",
     )
-    add("--dtype", default="float32", metavar="NAME", help="float16, bfloat16, float32 or float64 (float32)")
+    add(
+        "--dtype",
+        default="float32",
+        metavar="NAME",
+        help="float16, bfloat16, float32 or float64 (float32)",
+    )
     add("--activation", metavar="NAME", help="such as ReLU or 'LeakyReLU(alpha=0.1)' (none)")
     add("--device", metavar="NAME", help="cpu, cuda or cuda:N (as `gpuconv doctor` says)")
     add("--engine", metavar="NAME", help="ask for this engine")

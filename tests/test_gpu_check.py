@@ -189,13 +189,68 @@ def test_what_the_sanitizer_runs(cp):
 def test_how_busy_training_keeps_the_device(cp):
     """Its arithmetic, on small sizes; the numbers are none of a GPU's."""
     with gpuconv.engine("cuda_atomic"):
-        found = gpu_training.measure(count=20, batch=8, channels=2, epochs=2)
+        found = gpu_training.measure(count=20, batch=8, widths=(2,), epochs=2, ahead=4)
     assert found["pinned"]["least"] <= found["pinned"]["seconds"] <= found["pinned"]["most"]
     ratio = found["pinned"]["seconds"] / found["resident"]["seconds"]
     assert found["pinned_over_resident"] == ratio
     assert "captured" not in found  # the stand-in captures nothing
-    assert found["busy"] is None
+    assert found["channels"] == 2
+    assert found["float16"]["seconds"] > 0
+    assert set(found["bfloat16"]) in ({"seconds", "least", "most"}, {"why_not"})
+    # Nothing computes while the host goes on here.
+    assert found["busy"] is found["busy_by_cupti"] is found["device_ms_a_step"] is None
+    assert found["shortfalls"][0] == "for how much of an epoch the device is busy is not known"
     json.dumps(found)
+
+
+class Queue:
+    """A device that works off what the host queues, each in its own time, in milliseconds."""
+
+    def __init__(self, host, product, step):
+        self.host, self.product, self.step = host, product, step
+        self.now = self.free = 0.0
+
+    def take(self):
+        self._queue(self.step)
+
+    def ahead(self, count):
+        for _ in range(count):
+            self._queue(self.product)
+
+    def _queue(self, takes):
+        self.now += self.host
+        self.free = max(self.free, self.now) + takes
+
+    def mark(self):
+        return max(self.free, self.now)
+
+    def seconds(self, first, last):
+        return 1e-3 * (last - first)
+
+
+@pytest.mark.parametrize(
+    ("host", "product", "step", "known"),
+    [(1.0, 3.0, 20.0, True), (1.0, 1.2, 0.3, True), (4.0, 0.1, 0.3, False)],
+)
+def test_what_a_device_needs_for_a_step(monkeypatch, host, product, step, known):
+    """Whatever the host takes to queue it, if only the device is kept busy meanwhile."""
+    device = Queue(host, product, step)
+    monkeypatch.setattr(gpu_training.time, "perf_counter", lambda: 1e-3 * device.now)
+    found = gpu_training.device_seconds(device.take, device.ahead, device)
+    if known:
+        assert found == pytest.approx(1e-3 * step)
+    else:  # more is asked for in vain: what the device needs cannot be told from its waiting
+        assert found is None
+
+
+def test_what_training_on_a_gpu_falls_short_of():
+    good = {"busy": 0.93, "busy_by_cupti": None, "pinned_over_resident": 1.01}
+    assert gpu_training.shortfalls(good) == []
+    assert gpu_training.shortfalls({**good, "busy": 0.5, "busy_by_cupti": 0.96}) == []
+    assert gpu_training.shortfalls({**good, "busy": 0.5, "pinned_over_resident": 1.25}) == [
+        "the device is busy for 50.0% of an epoch; wanted 90%",
+        "copies make an epoch 25.0% longer; wanted at most 2%",
+    ]
 
 
 # ---------------------------------------------------------------------------------- the parts

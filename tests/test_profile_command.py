@@ -196,7 +196,9 @@ def test_training_with_the_builtin_profiler(here: Path, capsys: pytest.CaptureFi
     assert said.startswith("profiling with the built-in profiler: it needs nothing but gpuconv\n")
     assert "not nvprof: the CPU computes" in said
     assert re.search(r"^0 Conv2D 32 3x3 +forward +numpy_\w+ +\d+ ", said, re.MULTILINE)
-    assert re.search(r"the rows are \d\d\.\d% of .* ms, a step of 9;", said)  # 12, 3 left out
+    assert re.search(
+        r"the rows are \d\d\.\d% of .* ms, the mean of 9 steps;", said
+    )  # 12, 3 left out
     assert {p.name for p in (here / "p").iterdir()} == {
         "table.txt", "trace.json", "roofline.png", "run",
     }  # fmt: skip
@@ -232,8 +234,38 @@ def test_a_script_with_the_builtin_profiler(here: Path, capfd: pytest.CaptureFix
     )
     assert main(["profile", "--", sys.executable, "s.py", "0"]) == 0
     assert "1x4x4x2 -> 2x2x2, kernel 3x3" in capfd.readouterr().out
-    assert (here / "profiles").is_dir()
+    assert (here / "profiles/s-1/table.txt").exists()
     assert main(["profile", "--out", "q", "--", sys.executable, "s.py", "7"]) == 7
+
+
+def test_a_command_that_computes_nothing_says_so(
+    here: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for code, status in (("", 1), ("exit(3)", 3)):
+        assert main(["profile", "--", sys.executable, "-c", code]) == status
+        said = capfd.readouterr().err
+        assert f"no table: {sys.executable} ended with status {3 * (status == 3)}, and no" in said
+    assert list((here / "profiles").iterdir()) == []  # no empty folders are left
+    (here / "p").mkdir()
+    (here / "p/table.txt").write_text("of an earlier run")
+    assert main(["profile", "--out", "p", "--", sys.executable, "-c", ""]) == 1
+    assert not (here / "p").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["python", "a/net.py", "--lr", "1"], "net"),
+        (["python3.11", "-X", "dev", "-m", "pack.run", "-v"], "pack.run"),
+        (["python", "-c", "import gpuconv"], "python"),
+        (["/opt/bin/train.sh", "x"], "train.sh"),
+    ],
+)
+def test_a_folder_is_named_after_what_is_run(
+    words: list[str], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["profile", "--dry-run", "--", *words]) == 0
+    assert f"profiles/{name}-N/table.txt" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("tool", ["nvprof", "nsys", "ncu", "builtin"])
@@ -333,8 +365,14 @@ def test_kernels_by_cupti(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = times.kernels
     assert (first.name, first.calls, first.seconds) == ("a", 2, pytest.approx(3e-6))
     assert (second.name, second.most) == ("[memory copy]", pytest.approx(5e-7))
+    assert cupti.covered(times.intervals) == pytest.approx(3e-6)  # the copy ran beside a kernel
     monkeypatch.setitem(sys.modules, "cupti.cupti", None)
     assert not cupti.available()
+
+
+def test_time_in_which_something_ran_is_counted_once() -> None:
+    assert cupti.covered([]) == 0
+    assert cupti.covered([(5, 6), (0, 2), (1, 3), (1.5, 2.5), (3, 4)]) == 5
 
 
 def test_doctor_tells_devices_and_profilers(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -118,10 +119,17 @@ def _place(work: argparse.Namespace | None) -> Device:
 
 def _folder(what: Sequence[str], script: bool, dry: bool) -> Path:
     """Return a folder of a name that says what is in it."""
-    words = [Path(what[-1]).stem] if script else [w for w in what[:2] if not w.startswith("-")]
+    words = [_script(what)] if script else [w for w in what[:2] if not w.startswith("-")]
     name = "-".join(words).replace(",", "x").replace(os.sep, "-") or "profile"
     root = Path("profiles")
     return root / f"{name}-N" if dry else files.next_folder(name, root)
+
+
+def _script(what: Sequence[str]) -> str:
+    """Return the name of what a command runs: a Python file's or module's, else the command's."""
+    names = [w for w in what[1:] if w.endswith(".py")]
+    names += [after for word, after in zip(what[1:], what[2:], strict=False) if word == "-m"]
+    return Path((names or what)[0]).name.removesuffix(".py")
 
 
 def _with_defaults(what: Sequence[str], work: Any, folder: Path) -> list[str]:
@@ -171,8 +179,7 @@ def _builtin(
         print(f"writes:  {', '.join(str(folder / name) for name in names)}")
         return 0
     if work is None:
-        environment = {**os.environ, "GPUCONV_PROFILE": str(folder.resolve())}
-        return _child(list(what), environment)
+        return _script_recorded(list(what), folder)
     kernels = cupti.KernelTimes() if place.kind == "cuda" and cupti.available() else None
     with kernels or nullcontext(), Recorder(place, skip=SKIPPED) as recorder:
         status = _run(what, work, place)
@@ -184,6 +191,24 @@ def _builtin(
             print("kernels, by CUPTI, the first steps too:")
             print(reports.format_kernels(kernels.kernels))
     return status
+
+
+def _script_recorded(command: list[str], folder: Path) -> int:
+    """Run a command whose gpuconv records itself; say so where that left nothing."""
+    table = folder / files.TABLE
+    table.unlink(missing_ok=True)  # of an earlier run
+    status = _child(command, {**os.environ, "GPUCONV_PROFILE": str(folder.resolve())})
+    if table.exists():
+        return status
+    if not any(folder.iterdir()):
+        folder.rmdir()
+    if shutil.which(command[0]) is not None:  # else that was said
+        print(
+            f"gpuconv profile: no table: {command[0]} ended with status {status}, and no "
+            "convolution or layer of gpuconv's was computed in it",
+            file=sys.stderr,
+        )
+    return status or 1
 
 
 def _child(command: list[str], environment: dict[str, str]) -> int:

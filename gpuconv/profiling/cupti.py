@@ -7,13 +7,15 @@ that was. It is asked for kernels and copies only, and its buffers are read when
 from __future__ import annotations
 
 import importlib
+import math
 from collections import defaultdict
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
 
 from gpuconv.profiling.reports import Kernel
 
-__all__ = ["KernelTimes", "available"]
+__all__ = ["KernelTimes", "available", "covered"]
 
 #: Bytes of a buffer of CUPTI's records.
 BUFFER = 8 * 2**20
@@ -32,6 +34,15 @@ def _module() -> Any:
     return importlib.import_module("cupti.cupti")
 
 
+def covered(intervals: Iterable[tuple[float, float]]) -> float:
+    """Return for how long at least one of the intervals lasted."""
+    total, end = 0.0, -math.inf
+    for start, stop in sorted(intervals):
+        total += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return total
+
+
 class KernelTimes:
     """Collects the kernels and copies that run inside a ``with`` block.
 
@@ -39,6 +50,8 @@ class KernelTimes:
     ----------
     kernels : list of Kernel
         The longest first; complete once the block is left.
+    intervals : list of (float, float)
+        When each kernel and copy ran, in seconds.
     """
 
     def __init__(self) -> None:
@@ -47,6 +60,7 @@ class KernelTimes:
         activity = self._cupti.ActivityKind
         self._kinds = (activity.CONCURRENT_KERNEL, activity.MEMCPY)
         self._times: dict[str, list[float]] = defaultdict(list)
+        self.intervals: list[tuple[float, float]] = []
 
     @staticmethod
     def _requested() -> tuple[int, int]:
@@ -58,6 +72,7 @@ class KernelTimes:
             copied = record.kind == self._kinds[1]
             name = "[memory copy]" if copied else str(record.name)
             self._times[name].append((record.end - record.start) * 1e-9)
+            self.intervals.append((record.start * 1e-9, record.end * 1e-9))
 
     def __enter__(self) -> KernelTimes:
         self._cupti.activity_register_callbacks(self._requested, self._completed)

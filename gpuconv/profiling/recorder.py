@@ -14,7 +14,7 @@ from gpuconv.problem import ConvProblem
 from gpuconv.profiling import ranges
 from gpuconv.profiling.floors import Floors
 from gpuconv.profiling.ranges import REST, STEP
-from gpuconv.profiling.table import Row, format_rows
+from gpuconv.profiling.table import Row, beyond, format_rows
 from gpuconv.profiling.timing import Clock, clock_for
 
 __all__ = ["Recorder", "Span", "layer_work", "record_process"]
@@ -305,10 +305,16 @@ class Recorder:
         text = format_rows(rows, whole, floors, self.steps)
         share = 100 * self.accounted() / whole if whole else 0.0
         if self.steps:
-            took = f"{1e3 * whole / self.steps:.3f} ms, a step of {self.steps}"
+            took = f"{1e3 * whole / self.steps:.3f} ms, the mean of {self.steps} steps"
         else:
             took = f"{1e3 * whole:.3f} ms"
-        return f"{text}\nthe rows are {share:.1f}% of {took}; timed by {self.clock.what}"
+        text += f"\nthe rows are {share:.1f}% of {took}; timed by {self.clock.what}"
+        if floors is not None and any(beyond(row, floors) for row in rows):
+            text += (
+                "\nabove 100% of the floor: with fewer operations than the definition's "
+                "(Winograd), from a cache, or beside a floor measured on a busy machine"
+            )
+        return text
 
     def dtypes(self) -> list[str]:
         """Return the dtypes that were computed in."""
@@ -361,7 +367,7 @@ def record_process(folder: str) -> None:
 
     recorder = Recorder()
     # Now: at exit there are no new threads. Of every dtype, as it is not known what will be used.
-    floors = limits(recorder, 0.1, ("float16", "float32", "float64"))
+    floors = limits(recorder, 0.1, ("float16", "bfloat16", "float32", "float64"))
     ranges.install(recorder)
 
     def finish() -> None:

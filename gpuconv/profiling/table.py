@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from gpuconv.profiling.floors import Floors
 
-__all__ = ["HEAD", "Row", "cells", "format_columns", "format_rows", "of_floor", "rate"]
+__all__ = ["HEAD", "Row", "beyond", "cells", "format_columns", "format_rows", "of_floor", "rate"]
 
 HEAD = ("calls", "ms", "share", "GFLOP/s", "GB/s", "of floor")
 
@@ -50,6 +50,11 @@ def rate(amount: float, seconds: float) -> str:
 def of_floor(floor: float, seconds: float) -> str:
     """Return the floor over the time, as a percentage."""
     return f"{100 * floor / seconds:.0f}%" if floor > 0 and seconds > 0 else "–"
+
+
+def beyond(row: Row, floors: Floors) -> bool:
+    """Return whether a row took less time than its floor."""
+    return 0 < row.seconds < floors.seconds(row.flops, row.bytes, row.dtype) / 1.005
 
 
 def cells(row: Row, whole: float, floors: Floors | None, divisor: int = 1) -> list[str]:
