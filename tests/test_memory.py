@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,14 +11,18 @@ import pytest
 
 import gpuconv
 from gpuconv import settings
+from gpuconv.cli import main
 from gpuconv.layers import BatchNorm2D, Conv2D, Flatten, FullyConnected
 from gpuconv.models import Sequential
 from gpuconv.modules import ResidualBlock
 from gpuconv.training import memory
+from gpuconv.training.evaluation import evaluate
 from gpuconv.training.loop import fit
 from gpuconv.training.memory import OutOfMemory, Splitter, has_batch_statistics
+from gpuconv.training.precision import Mixed
+from gpuconv.training.step import Step
 from tests.cuda_on_cpu import compiler_available, stand_in
-from tests.small_images import network, scaled
+from tests.small_images import network, save, scaled
 
 
 @pytest.fixture
@@ -150,6 +155,89 @@ def test_a_network_with_batch_statistics_keeps_its_batch_whole(
     again, _, _ = limited_training(True, whole)
     for name, value in want.items():
         np.testing.assert_allclose(again[name], value, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.usefixtures("limits")
+def test_whatever_does_not_fit_is_said_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """In less and less memory: batches in parts, then no room for the update, then for nothing."""
+    if reason := compiler_available():
+        pytest.skip(reason)
+    data = str(save(tmp_path / "a.npz"))
+    command = [
+        "train",
+        "--data",
+        data,
+        "--epochs",
+        "1",
+        "--batch-size",
+        "42",
+        "--device",
+        "cuda",
+        "-q",
+    ]
+    whole, said = 0, []
+    for part in (1.0, 0.6, 0.35, 0.05):
+        with stand_in() as cp:
+            cp._home.limit = int(whole * part) if whole else None
+            status = main([*command, "--out", str(tmp_path / str(part))])
+            whole = whole or cp._home.peak
+        said.append((status, capsys.readouterr().err))
+    assert said[:2] == [(0, ""), (0, "")]
+    assert [status for status, _ in said[2:]] == [1, 1]
+    assert len(caplog.records) == 2  # one warning in each run whose batch was split
+    assert (
+        "too small for the optimizer's update: Out of memory allocating 36,864 bytes" in said[2][1]
+    )
+    assert "there is no room for images and network: Out of memory allocating" in said[3][1]
+    assert "Traceback" not in "".join(text for _, text in said)
+
+
+@pytest.mark.usefixtures("limits")
+def test_answers_come_in_fewer_images_at_a_time() -> None:
+    if reason := compiler_available():
+        pytest.skip(reason)
+    x, y = scaled(60)
+    with stand_in() as cp, gpuconv.engine("cuda_atomic"):
+        net = network(device="cuda")
+        net.build((1, 6, 5, 1))
+        resting = cp._home.used
+        want = evaluate(net, x, y)
+        cp._home.limit = resting + (cp._home.peak - resting) // 6
+        found = evaluate(net, x, y)
+        assert len(cp._home.refused) >= 3
+        np.testing.assert_allclose(found.probabilities, want.probabilities, rtol=1e-6)
+        cp._home.limit = resting + 64
+        with pytest.raises(OutOfMemory, match="too small for answers to images, 1 at a time: Out of"):
+            evaluate(net, x, y)
+        # The validation's images stay on the host where the device has no room for all of them.
+        cp._home.limit = None
+        fit(net, scaled(4), (x, y), epochs=1, batch_size=2)
+        cp._home.limit = resting * 4 + x.nbytes // 2
+        cp._home.refused.clear()
+        fit(net, scaled(4), (x, y), epochs=1, batch_size=2)
+        assert x.nbytes in cp._home.refused
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_parts_of_a_half_are_added_up_in_float32(dtype: str) -> None:
+    """Of 16 equal examples each part's gradient is a sixteenth: the sum has one rounding only."""
+    if dtype == "bfloat16":
+        pytest.importorskip("ml_dtypes")
+    x, y = (np.repeat(a[:1], 16, axis=0) for a in scaled())
+    found = []
+    for parts in (1, 16):
+        net, how = network(), Mixed(dtype)
+        net.build((1, 6, 5, 1), dtype)
+        step = Step(net, how)
+        step.split.parts = parts
+        step.gradients(x, y)
+        found.append({k: v.astype("float64") for k, v in net.gradients.items()})
+    for name, value in found[0].items():
+        np.testing.assert_allclose(
+            found[1][name], value, rtol=2**-10 if dtype == "float16" else 2**-7
+        )
 
 
 @pytest.mark.usefixtures("limits")

@@ -14,7 +14,7 @@ from typing import Any
 import gpuconv
 from gpuconv.device import Device, DeviceError
 from gpuconv.training import options
-from gpuconv.training.memory import OutOfMemory
+from gpuconv.training.memory import wanted
 
 __all__ = ["add_arguments", "main"]
 
@@ -102,6 +102,8 @@ def main(args: argparse.Namespace) -> int:
         run.save_config(folder)
     except (ImportError, DeviceError, OSError, TypeError, ValueError) as error:
         return _fail(error, 2)
+    except MemoryError as error:
+        return _fail(f"there is no room for images and network: {wanted(error)}", 1)
     try:
         with gpuconv.engine(run.settings["engine"]):
             return _train(run, folder, args, say)
@@ -113,7 +115,7 @@ def main(args: argparse.Namespace) -> int:
         return 130
     except BrokenPipeError:
         raise  # nobody reads what is said: not an error of the run
-    except (gpuconv.EngineError, OSError, OutOfMemory) as error:
+    except (gpuconv.EngineError, OSError, MemoryError) as error:
         return _fail(error, 1)
 
 

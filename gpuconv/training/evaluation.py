@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 
 from gpuconv.arguments import integer
-from gpuconv.device import asnumpy
+from gpuconv.device import CPU, asnumpy
 from gpuconv.losses import softmax
 from gpuconv.models import Sequential
 from gpuconv.profiling import ranges
+from gpuconv.training.memory import OutOfMemory, room_for, told
+from gpuconv.training.watch import leaves
 
 __all__ = ["Evaluation", "confusion_matrix", "evaluate", "format_confusion", "probabilities"]
 
@@ -45,13 +47,24 @@ class Evaluation:
 
 
 def _logits(net: Sequential, images: Array, batch_size: int) -> Host:
-    """Return the network's outputs on the host, in float64."""
+    """Return the network's outputs on the host, in float64; fewer at a time if the device is full."""
     integer("batch_size", batch_size, 1)
-    parts = []
-    for start in range(0, len(images), batch_size):
-        with ranges.part(ranges.VALIDATION, "forward"):
-            out = net.forward(images[start : start + batch_size], retain_derived=False)
-            parts.append(asnumpy(out).astype(np.float64))
+    room = room_for(leaves(net)[0].device or CPU)
+    parts: list[Host] = []
+    start = 0
+    while start < len(images):
+        try:
+            part = ranges.part(ranges.VALIDATION, "forward")
+            with told(room, f"answers to images, {batch_size} at a time"), part:
+                out = net.forward(images[start : start + batch_size], retain_derived=False)
+                parts.append(asnumpy(out).astype(np.float64))
+            start += batch_size
+            continue
+        except OutOfMemory:
+            if batch_size == 1:
+                raise
+        batch_size = -(-batch_size // 2)
+        room.free()
     return np.concatenate(parts)
 
 

@@ -25,6 +25,7 @@ from gpuconv.training.data import epoch_order
 from gpuconv.training.evaluation import evaluate
 from gpuconv.training.feeding import Batches, Feeder, feeder_for
 from gpuconv.training.graph import CapturedStep
+from gpuconv.training.memory import room_for, told
 from gpuconv.training.precision import Full, Precision, UnderflowError
 from gpuconv.training.step import Step, Tally
 from gpuconv.training.transport import Capture, CudaCapture
@@ -259,20 +260,27 @@ def fit(
     place: Device = leaves(net)[0].device
     if cuda_graph and place.kind == "cpu":
         raise ValueError("cuda_graph is True; expected False, as the network is on the CPU")
-    run = _Run(
-        net, how, feeder_for(x, y, place), augment, seed, batch_size, len(x),
-        _interval(net, interval, place, cuda_graph), on_event,
-        CudaCapture(place) if cuda_graph else None,
-    )  # fmt: skip
+    room = room_for(place)
+    with told(room, "the batches that are fed"):
+        run = _Run(
+            net, how, feeder_for(x, y, place), augment, seed, batch_size, len(x),
+            _interval(net, interval, place, cuda_graph), on_event,
+            CudaCapture(place) if cuda_graph else None,
+        )  # fmt: skip
     ranges.name_layers(net.layers)
-    held_x = how.images(asarray(validation[0], place))
+    try:
+        held_x = how.images(asarray(validation[0], place))
+    except room.errors:  # a part at a time, then
+        held_x = how.images(asnumpy(validation[0]))
     now = Progress() if progress is None else progress
     if now.step >= run.steps:
         raise ValueError(
             f"progress is at step {now.step}; expected less than {run.steps}, an epoch's"
         )
     while now.epoch < epochs and not stop():
-        if not run.epoch(now, stop):
+        with told(room, "a batch and what surrounds its step"):
+            done = run.epoch(now, stop)
+        if not done:
             return now
         run.validate(held_x, asnumpy(validation[1]), now)
     return now

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from gpuconv import settings
@@ -22,6 +23,7 @@ from gpuconv.training.watch import leaves
 
 __all__ = [
     "CudaRoom", "HostRoom", "OutOfMemory", "Room", "Splitter", "has_batch_statistics", "room_for",
+    "told", "wanted",
 ]  # fmt: skip
 
 log = logging.getLogger("gpuconv")
@@ -130,11 +132,11 @@ class Splitter:
                     compute(part)
                 return
             except self._room.errors as error:
-                wanted = _first_line(error)
+                size_wanted = wanted(error)
             # Outside of the handler: the traceback would keep the failed attempt's arrays alive.
             self._reset()
             self._room.free()
-            self._shrink(size, wanted)
+            self._shrink(size, size_wanted)
 
     def slices(self, size: int) -> list[slice]:
         """Return the parts of a batch: as even as can be, none empty."""
@@ -142,7 +144,7 @@ class Splitter:
         ends = [size * k // parts for k in range(parts + 1)]
         return [slice(a, b) for a, b in zip(ends, ends[1:], strict=False)]
 
-    def _shrink(self, size: int, wanted: str) -> None:
+    def _shrink(self, size: int, size_wanted: str) -> None:
         """Halve the workspace and the parts, or say that nothing can be halved."""
         limit = settings.get_workspace_limit()
         more = not self._whole and self.parts < size
@@ -153,7 +155,7 @@ class Splitter:
                 else "its batch is split into single examples"
             )
             raise OutOfMemory(
-                f"the device's memory is too small for a step: {wanted}; {why} and the workspace "
+                f"the device's memory is too small for a step: {size_wanted}; {why} and the workspace "
                 f"limit is at its least: a smaller --batch-size or network may fit"
             )
         if limit > LEAST:
@@ -171,15 +173,35 @@ class Splitter:
                 "out of memory in a batch of %d (%s): the workspace limit is lowered and the "
                 "batch split; %s",
                 size,
-                wanted,
+                size_wanted,
                 how,
             )
 
 
-def _first_line(error: BaseException) -> str:
+@contextmanager
+def told(room: Room, what: str) -> Iterator[None]:
+    """Say what was computed where the device is full, and how much was wanted.
+
+    Raises
+    ------
+    OutOfMemory
+        In the place of the room's own errors.
+    """
+    try:
+        yield
+    except OutOfMemory:
+        raise
+    except room.errors as error:
+        raise OutOfMemory(
+            f"the device's memory is too small for {what}: {wanted(error)}; a smaller "
+            "--batch-size or network may fit"
+        ) from None
+
+
+def wanted(error: BaseException) -> str:
     """Return what an error says, with large numbers of bytes in MiB as well."""
     text = str(error).strip().splitlines()
-    line = text[0] if text else type(error).__name__
+    line = text[0].rstrip(".") if text else type(error).__name__
     match = re.search(r"allocating ([\d,]+) bytes", line)
     if match and int(match[1].replace(",", "")) >= 2**20:
         line += f" = {int(match[1].replace(',', '')) / 2**20:.1f} MiB wanted"

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from gpuconv.dtypes import widened
 from gpuconv.models import Sequential
 from gpuconv.profiling import ranges
 from gpuconv.profiling.ranges import STEP
-from gpuconv.training.memory import Room, Splitter, has_batch_statistics, room_for
+from gpuconv.training.memory import Room, Splitter, has_batch_statistics, room_for, told
 from gpuconv.training.precision import Precision
 from gpuconv.training.watch import leaves
 
@@ -57,8 +58,8 @@ class Step:
         self._leaves = leaves(net)
         self._whole = has_batch_statistics(net)
         self._before: list[dict[str, Array]] = []
-        room = room or room_for(self._leaves[0].device)
-        self.split = Splitter(room, self._whole, self._reset)
+        self._room = room or room_for(self._leaves[0].device)
+        self.split = Splitter(self._room, self._whole, self._reset)
 
     def __call__(self, images: Array, labels: Array) -> tuple[Array, Array]:
         """Take a step; return the mean loss before it and the right answers, on the device."""
@@ -79,7 +80,10 @@ class Step:
 
     def update(self, loss: float | None) -> None:
         """Update the network by its gradients."""
-        self.precision.update(self.net, loss)
+        for leaf in self._leaves:  # what the passes retained makes room for the update
+            leaf.X, leaf.derived_variables = [], leaf._no_derived()
+        with told(self._room, "the optimizer's update"):
+            self.precision.update(self.net, loss)
 
     def gradients(self, images: Array, labels: Array, check: bool = False) -> tuple[Array, Array]:
         """Compute the gradients; return the mean loss and the right answers, on the device.
@@ -137,16 +141,19 @@ class Step:
             correct = (logits.argmax(axis=1) == labels).sum()
             if share != 1.0:
                 loss = loss * share
-                gradient = gradient * gradient.dtype.type(share)
+                gradient = (gradient * share).astype(gradient.dtype, copy=False)
             good = not check or math.isfinite(float(loss))
         if good:
             self.net.backward(gradient, input_grad=False)
         return loss, correct
 
     def _gather(self, sums: list[dict[str, Array]]) -> None:
-        """Add the gradients to those of earlier parts, and let go of what the part retained."""
+        """Add the gradients to those of earlier parts, and let go of what the part retained.
+
+        Halves are added up in float32, which is what they are updated in.
+        """
         for k, leaf in enumerate(self._leaves):
-            found = dict(leaf.gradients)
+            found = {name: widened(value) for name, value in leaf.gradients.items()}
             if k == len(sums):
                 sums.append(found)
             else:
