@@ -209,7 +209,9 @@ def test_answers_come_in_fewer_images_at_a_time() -> None:
         assert len(cp._home.refused) >= 3
         np.testing.assert_allclose(found.probabilities, want.probabilities, rtol=1e-6)
         cp._home.limit = resting + 64
-        with pytest.raises(OutOfMemory, match="too small for answers to images, 1 at a time: Out of"):
+        with pytest.raises(
+            OutOfMemory, match="too small for answers to images, 1 at a time: Out of"
+        ):
             evaluate(net, x, y)
         # The validation's images stay on the host where the device has no room for all of them.
         cp._home.limit = None
