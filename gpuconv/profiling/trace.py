@@ -64,8 +64,8 @@ def _details(span: Span) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if span.engine:
         found["engine"] = span.engine
-    if span.what:
-        found["convolution"] = span.what
+    if span.problem is not None:
+        found["convolution"] = str(span.problem)
     if span.flops and span.seconds > 0:
         found["GFLOP/s"] = round(span.flops / span.seconds / 1e9, 3)
     if span.bytes and span.seconds > 0:
