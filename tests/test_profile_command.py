@@ -171,6 +171,11 @@ def test_kernels_as_a_table() -> None:
     assert len(reports.short("x" * 99)) == 60
 
 
+def test_the_table_that_is_read_in_the_docs_is_that_of_the_report() -> None:
+    page = (Path(__file__).parents[1] / "docs/profiling.md").read_text(encoding="utf-8")
+    assert reports.format_kernels(reports.parse("nvprof", read("nvprof.csv"))) in page
+
+
 @pytest.mark.parametrize("tool", ["nvprof", "nsys", "ncu"])
 @pytest.mark.parametrize("text", ["", "No kernels were profiled.\n", "a,b\n1,2\n"])
 def test_other_text_is_no_report(tool: str, text: str) -> None:
