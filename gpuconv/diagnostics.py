@@ -23,6 +23,7 @@ _CUPY_WHEELS = ("cupy", "cupy-cuda11x", "cupy-cuda12x", "cupy-cuda13x")
 _EXTRAS = {
     "train": ("tqdm", "matplotlib", "safetensors", "scikit-learn"),
     "bench": ("matplotlib",),
+    "bfloat16": ("ml_dtypes",),
 }
 _VARIABLES = (
     "GPUCONV_DEVICE",

@@ -65,19 +65,16 @@ class Sink(Protocol):
         """The range that began last ends."""
 
 
-class _Range:
-    """A range under a sink. A class: a generator would cost several times as much, at every call."""
+class _End:
+    """The end of every range under a sink: one object, as one a range would cost at every call."""
 
-    __slots__ = ("_engines", "_owner", "_pass", "_problem", "_sink")
+    __slots__ = ("_sink",)
 
-    def __init__(
-        self, sink: Sink, owner: Any, pass_: str, problem: ConvProblem | None, engines: str
-    ) -> None:
-        self._sink, self._owner, self._pass = sink, owner, pass_
-        self._problem, self._engines = problem, engines
+    def __init__(self, sink: Sink) -> None:
+        self._sink = sink
 
     def __enter__(self) -> None:
-        self._sink.begin(self._owner, self._pass, self._problem, self._engines)
+        """Do nothing: the range has begun."""
 
     def __exit__(
         self,
@@ -90,20 +87,17 @@ class _Range:
 
 _NOTHING: AbstractContextManager[None] = nullcontext()
 _sink: Sink | None = None
+_end: AbstractContextManager[None] = _NOTHING
 _thread = 0
 
 
-def _here() -> Sink | None:
-    """Return the sink if this is the thread it follows."""
-    return _sink if threading.get_ident() == _thread else None
-
-
 def of(owner: Any, pass_: str) -> AbstractContextManager[None]:
-    """Return the range of a layer's pass."""
-    if _sink is None:
+    """Begin the range of a layer's pass; return what ends it, to be entered at once."""
+    sink = _sink
+    if sink is None or threading.get_ident() != _thread:
         return _NOTHING
-    sink = _here()
-    return _NOTHING if sink is None else _Range(sink, owner, pass_, None, "")
+    sink.begin(owner, pass_, None, "")
+    return _end
 
 
 #: The range of a part of a step that is no layer's, such as ``part("step", "loss")``.
@@ -111,18 +105,20 @@ part = of
 
 
 def convolution(problem: ConvProblem, pass_: str, engines: str) -> AbstractContextManager[None]:
-    """Return the range of a convolution's pass."""
-    if _sink is None:
+    """Begin the range of a convolution's pass; return what ends it, to be entered at once."""
+    sink = _sink
+    if sink is None or threading.get_ident() != _thread:
         return _NOTHING
-    sink = _here()
-    return _NOTHING if sink is None else _Range(sink, None, pass_, problem, engines)
+    sink.begin(None, pass_, problem, engines)
+    return _end
 
 
 def install(sink: Sink | None) -> Sink | None:
     """Let ``sink`` follow the ranges of this thread from now on; return what did so before."""
-    global _sink, _thread
+    global _sink, _end, _thread
     before = _sink
     _sink, _thread = sink, threading.get_ident()
+    _end = _NOTHING if sink is None else _End(sink)
     return before
 
 

@@ -58,24 +58,20 @@ class Span(NamedTuple):
 
 
 class _Frame:
-    """A range. Made at every pass of every layer, so it is no dataclass."""
+    """A range. Made at every pass of every layer: what it mostly has is its class's."""
 
-    __slots__ = (
-        "depth", "end", "engines", "inner", "name", "owner", "pass_", "problem", "split", "start",
-        "work",
-    )  # fmt: skip
+    split = False  # convolutions inside have ranges of their own
+    start: Any = None
+    end: Any = None
+    depth = 0
+    inner: bool | None = False
+    work = (0, 0)
 
     def __init__(
         self, owner: Any, name: str, pass_: str, problem: ConvProblem | None, engines: str
     ) -> None:
         self.owner, self.name, self.pass_ = owner, name, pass_
         self.problem, self.engines = problem, engines
-        self.split = False  # convolutions inside have ranges of their own
-        self.start: Any = None
-        self.end: Any = None
-        self.depth = 0
-        self.inner: bool | None = False
-        self.work = (0, 0)
 
 
 @dataclass

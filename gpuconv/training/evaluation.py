@@ -54,8 +54,8 @@ def _logits(net: Sequential, images: Array, batch_size: int) -> Host:
     start = 0
     while start < len(images):
         try:
-            part = ranges.part(ranges.VALIDATION, "forward")
-            with told(room, f"answers to images, {batch_size} at a time"), part:
+            what = f"answers to images, {batch_size} at a time"
+            with told(room, what), ranges.part(ranges.VALIDATION, "forward"):
                 out = net.forward(images[start : start + batch_size], retain_derived=False)
                 parts.append(asnumpy(out).astype(np.float64))
             start += batch_size
