@@ -77,9 +77,9 @@ def epoch(
 def measure(
     count: int = 16 * 512,
     batch: int = 512,
-    widths: Sequence[int] = WIDTHS,
-    epochs: int = 4,
-    ahead: int = 4096,
+    channels: int | Sequence[int] = WIDTHS,
+    epochs: int = 3,
+    ahead: int | None = None,
 ) -> dict[str, Any]:
     """Return the epochs' times and what follows from them.
 
@@ -87,24 +87,27 @@ def measure(
     ----------
     count, batch, epochs : int
         Images, images a step, and epochs that are timed.
-    widths : sequence of int
-        Channels of the nets: the first that fills the device is taken, or the last.
-    ahead : int
-        Rows of the matrices that keep the device busy while steps are queued.
+    channels : int or sequence of int
+        Of the nets: the first that fills the device is taken, or the last.
+    ahead : int, optional
+        Rows of the matrices that keep the device busy while steps are queued; few where no
+        device computes.
     """
     x, y = images(count)
     place = Device("cuda", 0)
     there = asarray(x, place), asarray(y, place)
-    channels, needed = widths[0], None
-    for channels in widths:
+    if ahead is None:
+        ahead = 4096 if runtime.installed() is None else 4
+    needed = None
+    for width in (channels,) if isinstance(channels, int) else channels:
         needed = device_seconds(
-            stepper(network(channels), there[0][:batch], there[1][:batch]), queuer(ahead), EventClock()
+            stepper(network(width), there[0][:batch], there[1][:batch]), queuer(ahead), EventClock()
         )  # fmt: skip
         if needed is None or needed >= FILLED:
             break
-    sizes = (channels, batch, epochs)
+    sizes = (width, batch, epochs)
     found: dict[str, Any] = {
-        "images": count, "batch": batch, "channels": channels,
+        "images": count, "batch": batch, "channels": width,
         "device_ms_a_step": None if needed is None else 1e3 * needed,
         "pinned": epoch((x, y), *sizes),
         "resident": epoch(there, *sizes),

@@ -189,7 +189,7 @@ def test_what_the_sanitizer_runs(cp):
 def test_how_busy_training_keeps_the_device(cp):
     """Its arithmetic, on small sizes; the numbers are none of a GPU's."""
     with gpuconv.engine("cuda_atomic"):
-        found = gpu_training.measure(count=20, batch=8, widths=(2,), epochs=2, ahead=4)
+        found = gpu_training.measure(count=20, batch=8, channels=2, epochs=2)
     assert found["pinned"]["least"] <= found["pinned"]["seconds"] <= found["pinned"]["most"]
     ratio = found["pinned"]["seconds"] / found["resident"]["seconds"]
     assert found["pinned_over_resident"] == ratio
