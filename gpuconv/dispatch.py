@@ -43,6 +43,7 @@ _REGISTRY: dict[str, tuple[str, str, str]] = {
     "numpy_taps": ("cpu", "gpuconv.engines.numpy_taps", "NumpyTaps"),
     "numpy_winograd": ("cpu", "gpuconv.engines.numpy_winograd", "NumpyWinograd"),
     "numba_depthwise": ("cpu", "gpuconv.engines.numba_depthwise", "NumbaDepthwise"),
+    "numba_direct": ("cpu", "gpuconv.engines.numba_direct", "NumbaDirect"),
     "cuda_atomic": ("cuda", "gpuconv.engines.cuda_atomic", "CudaAtomic"),
 }
 

@@ -28,6 +28,7 @@ CPU_ENGINES = [
     "numpy_taps",
     "numpy_winograd",
     "numba_depthwise",
+    "numba_direct",
 ]
 CUDA_ENGINES = ["cuda_atomic"]
 DTYPES = ["float64", "float32", "float16"]
