@@ -44,6 +44,7 @@ _REGISTRY: dict[str, tuple[str, str, str]] = {
     "numpy_winograd": ("cpu", "gpuconv.engines.numpy_winograd", "NumpyWinograd"),
     "numba_depthwise": ("cpu", "gpuconv.engines.numba_depthwise", "NumbaDepthwise"),
     "numba_direct": ("cpu", "gpuconv.engines.numba_direct", "NumbaDirect"),
+    "numba_winograd": ("cpu", "gpuconv.engines.numba_winograd", "NumbaWinograd"),
     "cuda_atomic": ("cuda", "gpuconv.engines.cuda_atomic", "CudaAtomic"),
 }
 

@@ -29,6 +29,7 @@ CPU_ENGINES = [
     "numpy_winograd",
     "numba_depthwise",
     "numba_direct",
+    "numba_winograd",
 ]
 CUDA_ENGINES = ["cuda_atomic"]
 DTYPES = ["float64", "float32", "float16"]

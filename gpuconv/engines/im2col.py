@@ -11,7 +11,15 @@ import numpy as np
 
 from gpuconv import settings, threads
 from gpuconv.activations import Activation
-from gpuconv.engines.windows import Axis, Block, Scratch, blocks, forward_axes, windows
+from gpuconv.engines.windows import (
+    Axis,
+    Block,
+    Scratch,
+    blocks,
+    forward_axes,
+    input_grad_phases,
+    windows,
+)
 from gpuconv.problem import ConvProblem
 
 __all__ = [
@@ -20,6 +28,7 @@ __all__ = [
     "add_bias",
     "bias_line",
     "block_target",
+    "by_definition",
     "flat_target",
     "gathered",
     "gemm_windows",
@@ -251,6 +260,27 @@ def gemm_windows(
                     target[cells] = whole[:, k * part : (k + 1) * part].reshape(shape)
 
     run_shares(shares, work)
+
+
+def by_definition(
+    problem: ConvProblem,
+    backwards: bool,
+    source: Array,
+    w: Array,
+    target: Array,
+    bias: Array | None = None,
+    activation: Activation | None = None,
+) -> None:
+    """Compute the forward pass, or an input gradient of one phase, as products of windows."""
+    dtype = wide_dtype(problem.dtype)
+    if backwards:
+        (phase,) = input_grad_phases(problem)
+        axes = phase.axes
+        matrices = transposed_weights(w[phase.taps], problem.groups, dtype)
+    else:
+        axes, matrices = forward_axes(problem), weight_matrices(w, problem.groups, dtype)
+    wide = None if bias is None else bias.astype(dtype, copy=False)
+    gemm_windows(source, axes, matrices, [target], problem.flops, wide, activation)
 
 
 def _few_rows(

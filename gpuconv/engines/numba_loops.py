@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from gpuconv.engines.numba_tile import ADD, BIAS, BYTES, MOST_ROWS, ZERO, tile
 
-__all__ = ["Loops", "compiled"]
+__all__ = ["Loops", "compiled", "swap"]
 
 
 class Loops(NamedTuple):
@@ -253,3 +253,23 @@ def compiled(real: str) -> Loops:
                                     packed[g, place, j] = w[g, t, c, k] if c < channels else 0
 
     return Loops(correlate, outer_sums, pack, pack_transposed)
+
+
+@cache
+def swap() -> Callable[..., None]:
+    """Return what writes ``(taps, in, out)`` into ``(taps, out, in)``, a square at a time."""
+    from numba import njit
+
+    side = 16
+
+    @njit(nogil=True, cache=True, boundscheck=False)
+    def swapped(w, out):  # type: ignore[no-untyped-def]
+        taps, rows, columns = w.shape
+        for t in range(taps):
+            for i0 in range(0, rows, side):
+                for j0 in range(0, columns, side):
+                    for j in range(j0, min(j0 + side, columns)):
+                        for i in range(i0, min(i0 + side, rows)):
+                            out[t, j, i] = w[t, i, j]
+
+    return swapped

@@ -35,11 +35,9 @@ from gpuconv.engines.base import Engine, Pass
 from gpuconv.engines.epilogue import bias_sums
 from gpuconv.engines.im2col import (
     bias_line,
-    gemm_windows,
+    by_definition,
     run_shares,
     scratch,
-    transposed_weights,
-    weight_matrices,
     wide_dtype,
     window_sums,
     worker_count,
@@ -259,19 +257,14 @@ class NumpyWinograd(Engine):
         bias = None if b is None else b.astype(dtype, copy=False)
         if _correlate(problem, False, x, w, y, bias, problem.activation):
             return
-        matrices = weight_matrices(w, problem.groups, dtype)
-        gemm_windows(
-            x, forward_axes(problem), matrices, [y], problem.flops, bias, problem.activation
-        )
+        by_definition(problem, False, x, w, y, bias, problem.activation)
 
     @np.errstate(all="ignore")  # NaN and Inf travel on without a word
     def input_grad(self, problem: ConvProblem, dz: Array, w: Array, dx: Array) -> None:
         """Write the gradient with respect to ``x`` into ``dx``."""
         if _correlate(problem, True, dz, w, dx, None, None):
             return
-        (phase,) = input_grad_phases(problem)
-        matrices = transposed_weights(w[phase.taps], problem.groups, wide_dtype(problem.dtype))
-        gemm_windows(dz, phase.axes, matrices, [dx], problem.flops)
+        by_definition(problem, True, dz, w, dx)
 
     @np.errstate(all="ignore")  # NaN and Inf travel on without a word
     def weight_grad(

@@ -1,0 +1,155 @@
+"""What the compiled engines share: Numba itself, blocks of channels, buffers, dense copies."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+from collections.abc import Callable
+from functools import cache, lru_cache
+from typing import Any
+
+import numpy as np
+
+from gpuconv import settings, threads
+from gpuconv.activations import Activation
+from gpuconv.engines.im2col import run_shares, scratch
+from gpuconv.engines.windows import Block, blocks
+from gpuconv.problem import CHANNELS_FIRST, ConvProblem
+
+__all__ = [
+    "aligned",
+    "channel_blocks",
+    "copied_bytes",
+    "finish",
+    "in_parts",
+    "most_rows",
+    "numba_missing",
+    "swapped",
+    "up",
+    "vector_bytes",
+]
+
+Array = np.ndarray[Any, Any]
+
+#: Elements after which an activation is applied, while they are in the cache.
+FINISH = 64 * 1024
+
+
+def numba_missing() -> str | None:
+    """Return why compiled engines cannot run here, or None."""
+    if os.environ.get("GPUCONV_NUMBA") == "0":
+        return "GPUCONV_NUMBA=0 switches it off"
+    if importlib.util.find_spec("numba") is None:
+        return "Numba is not installed: pip install 'gpuconv[numba]'"
+    return None
+
+
+def up(value: int, multiple: int) -> int:
+    return -(-value // multiple)
+
+
+# Numba is imported when the engine computes, not when it is asked whether it could.
+
+
+@cache
+def vector_bytes() -> int:
+    """Return the bytes of a vector register."""
+    from gpuconv.engines.numba_tile import BYTES
+
+    return BYTES
+
+
+@cache
+def most_rows() -> list[int]:
+    """Return the most rows of a tile by its number of vectors."""
+    from gpuconv.engines.numba_tile import MOST_ROWS
+
+    return [int(n) for n in MOST_ROWS]
+
+
+@lru_cache(maxsize=256)
+def channel_blocks(channels: int, width: int) -> Array:
+    """Return vectors, first vector and numbers of the last one, of every block of channels."""
+    vectors = up(channels, width)
+    blocks = up(vectors, 4)
+    bounds = [vectors * k // blocks for k in range(blocks + 1)]
+    rest = channels - (vectors - 1) * width
+    return np.array(
+        [
+            (b - a, a, rest if b == vectors else width)
+            for a, b in zip(bounds, bounds[1:], strict=False)
+        ],
+        np.int64,
+    )
+
+
+def aligned(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """Return a thread's buffer of this name, which begins where a vector may."""
+    count = math.prod(shape)
+    room = scratch.get(name, (count + vector_bytes() // dtype.itemsize,), dtype)
+    skip = -room.ctypes.data % vector_bytes() // dtype.itemsize
+    return room[skip : skip + count].reshape(shape)
+
+
+def _usable(a: Array) -> bool:
+    return a.shape[-1] == 1 or a.strides[-1] == a.itemsize
+
+
+def _at_once(batch: int, example: int) -> int:
+    """Return how many examples may be copied at a time."""
+    return max(1, min(batch, settings.get_workspace_limit() // 2 // max(1, example)))
+
+
+def in_parts(inputs: tuple[Array, ...], output: Array | None, work: Callable[..., None]) -> None:
+    """Call ``work`` with arrays whose channels are dense, copies where need be, by parts."""
+    arrays = (*inputs, *(() if output is None else (output,)))
+    copied = [a for a in arrays if not _usable(a)]
+    batch = len(inputs[0])
+    example = sum(math.prod(a.shape[1:]) * a.itemsize for a in copied)
+    count = _at_once(batch, example) if copied else batch
+    for start in range(0, batch, count):
+        some = slice(start, min(start + count, batch))
+        dense = [a[some] if _usable(a) else np.ascontiguousarray(a[some]) for a in inputs]
+        if output is None:
+            work(*dense)
+        elif _usable(output):
+            work(*dense, output[some])
+        else:
+            result = np.empty(output[some].shape, output.dtype)
+            work(*dense, result)
+            output[some] = result
+
+
+def finish(target: Array, activation: Activation, workers: int) -> None:
+    """Apply an activation in place, in blocks of a cache's size."""
+
+    def work(_: int, share: tuple[Block, ...]) -> None:
+        for block in share:
+            cells = target[tuple(slice(a, b) for a, b in block)]
+            activation.fn(cells, out=cells)
+
+    run_shares(blocks(target.shape[:-1], max(1, FINISH // target.shape[-1]), workers), work)
+
+
+def copied_bytes(problem: ConvProblem) -> int:
+    """Return the bytes of the dense copies that are made of arrays channels first."""
+    if problem.layout != CHANNELS_FIRST:
+        return 0
+    size = np.dtype(problem.dtype).itemsize
+    example = size * (math.prod(problem.x_shape[1:]) + math.prod(problem.y_shape[1:]))
+    return example * _at_once(problem.batch, example)
+
+
+def swapped(w: Array, ndim: int, workers: int) -> Array:
+    """Return weights ``(*taps, in, out)`` as a dense ``(*taps, out, in)``."""
+    from gpuconv.engines.numba_loops import swap
+
+    taps = math.prod(w.shape[:ndim])
+    flat = w.reshape(taps, *w.shape[ndim:])
+    out = np.empty((taps, flat.shape[2], flat.shape[1]), w.dtype)
+    run_shares(
+        tuple(threads.shares(taps, workers)),
+        lambda _, share: swap()(flat[share.start : share.stop], out[share.start : share.stop]),
+    )
+    return out.reshape(*w.shape[:ndim], *out.shape[1:])

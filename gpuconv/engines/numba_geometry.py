@@ -1,0 +1,270 @@
+"""Where a direct convolution reads and writes: what :mod:`gpuconv.engines.numba_loops` takes.
+
+Outputs are classed by the taps that fall inside the image. Every class has its list of
+segments, runs of taps and channels that lie side by side in the image as in the filters.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from gpuconv.engines.numba_arrays import channel_blocks, most_rows, up, vector_bytes
+from gpuconv.engines.windows import Axis
+
+__all__ = ["CHUNK", "SUM_PIXELS", "Geometry", "geometry", "tile_shares"]
+
+Array = np.ndarray[Any, Any]
+
+#: Steps of a sum for which a block's filters stay in a core's own cache beside the image.
+CHUNK = 768
+#: Outputs that are computed before the next block of filters is read.
+PIXELS = 256
+#: Pixels that the weight gradient sums over at a time: a block's gradients stay in the first cache.
+SUM_PIXELS = 112
+#: Pixels of a row, where an image is as good as one long row (a multiple of tiles' heights).
+LINE = 84
+
+
+def _classes(axis: Axis) -> list[tuple[int, int, int, int]]:
+    """Return (first, last output, first, last tap) of runs of outputs with the same taps."""
+    found: list[tuple[int, int, int, int]] = []
+    for i in range(axis.count):
+        at = i * axis.stride + axis.start
+        low = max(0, up(-at, axis.dilation))
+        high = min(axis.taps, up(axis.size - at, axis.dilation))
+        low, high = (low, high) if low < high else (0, 0)
+        if found and found[-1][2:] == (low, high):
+            found[-1] = (found[-1][0], i + 1, low, high)
+        else:
+            found.append((i, i + 1, low, high))
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Geometry:
+    """Where a gather reads and writes, for the compiled loops; distances are bytes."""
+
+    origin: int  # from the source's first number to what output 0 reads by tap 0
+    steps: Array
+    places: Array
+    counts: Array
+    depth_classes: Array
+    row_classes: Array
+    column_classes: Array
+    combos: Array
+    chunks: Array
+    segments: Array
+    taps: Array
+    tap_steps: Array
+    ranges_d: Array
+    ranges_h: Array
+    entries: Array
+    rows_at_once: int
+    sum_rows: int
+
+    @property
+    def rows(self) -> int:
+        return int(np.prod(self.counts))
+
+
+def _three(axes: tuple[Axis, ...]) -> tuple[Axis, ...]:
+    return (*(Axis(1, 1, 1, 1, 1, 0),) * (3 - len(axes)), *axes)
+
+
+def _four(strides: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the strides over n, d, h, w of ``(n, *spatial)``."""
+    return (strides[0], *(0,) * (4 - len(strides)), *strides[1:])
+
+
+def _even(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Return whether all pixels are evenly spaced."""
+    step, extent = strides[-1], 1
+    for n, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if n > 1 and stride != step * extent:
+            return False
+        extent *= n
+    return True
+
+
+@lru_cache(maxsize=512)
+def geometry(
+    axes: tuple[Axis, ...],
+    batch: int,
+    source_strides: tuple[int, ...],
+    target_strides: tuple[int, ...],
+    channels: int,
+    groups: int,
+    width: int,
+    size: int,
+    workers: int,
+) -> Geometry:
+    """Return what the loops take.
+
+    Parameters
+    ----------
+    axes : tuple of Axis
+        Over the spatial axes.
+    batch : int
+    source_strides, target_strides : tuple of int
+        Bytes, over ``(n, *spatial)``.
+    channels, groups : int
+        Input channels of a group; groups.
+    width : int
+        Output channels of a group.
+    size : int
+        Bytes of a number.
+    workers : int
+    """
+    spatial = tuple(a.count for a in axes)
+    plain = all(a.taps == 1 and a.stride == 1 and a.start == 0 and a.count == a.size for a in axes)
+    shape = (batch, *spatial)
+    if plain and _even(shape, source_strides) and _even(shape, target_strides):
+        return _lines(
+            math.prod(shape), source_strides[-1], target_strides[-1], channels, width, size, workers
+        )
+    three = _three(axes)
+    s, t = _four(source_strides), _four(target_strides)
+    steps = (s[0], *(a.stride * b for a, b in zip(three, s[1:], strict=True)))
+    tap_steps = tuple(a.dilation * b for a, b in zip(three, s[1:], strict=True))
+    origin = sum(a.start * b for a, b in zip(three, s[1:], strict=True))
+    classes = [_classes(a) for a in three]
+    # The taps of a row lie side by side with their channels: one run.
+    merged = groups == 1 and tap_steps[2] == channels * size
+    combos = np.zeros((*map(len, classes), 2), np.int64)
+    chunks: list[tuple[int, int]] = []
+    segments: list[tuple[int, int, int]] = []
+    for index in np.ndindex(*combos.shape[:3]):
+        (d0, d1), (h0, h1), (w0, w1) = (c[k][2:] for c, k in zip(classes, index, strict=True))
+        runs = [
+            (o, p, q, (w1 - w0) * channels if merged else channels)
+            for o in range(d0, d1)
+            for p in range(h0, h1)
+            for q in ((w0,) if merged and w1 > w0 else range(w0, w1))
+        ]
+        first_chunk, first, held = len(chunks), len(segments), 0
+        for o, p, q, length in runs:
+            at = o * tap_steps[0] + p * tap_steps[1] + q * tap_steps[2]
+            step = ((o * three[1].taps + p) * three[2].taps + q) * channels
+            for begin in range(0, length, CHUNK):
+                part = min(CHUNK, length - begin)
+                if held and held + part > CHUNK:
+                    chunks.append((first, len(segments) - first))
+                    first, held = len(segments), 0
+                segments.append((at + begin * size, step + begin, part))
+                held += part
+        chunks.append((first, len(segments) - first))
+        combos[index] = first_chunk, len(chunks) - first_chunk
+    if merged:
+        entries = [c for c in classes[2] if c[3] > c[2]]
+    else:
+        entries = []
+        for q in range(three[2].taps):
+            inside = [c for c in classes[2] if c[2] <= q < c[3]]
+            if inside:
+                entries.append((inside[0][0], inside[-1][1], q, q + 1))
+    entries = [(a, b, *taps) for w0, w1, *taps in entries for a, b in _cut(w0, w1, SUM_PIXELS)]
+    heights = 0, three[1].count
+    return Geometry(
+        origin,
+        np.array(steps),
+        np.array(t),
+        np.array((batch, *(a.count for a in three[:2]))),
+        *(np.array([c[:2] for c in of_axis]) for of_axis in classes),
+        combos,
+        np.array(chunks, np.int64),
+        np.array(segments, np.int64).reshape(-1, 3),
+        np.array([a.taps for a in three]),
+        np.array(tap_steps),
+        _ranges(classes[0], three[0].taps),
+        _ranges(classes[1], three[1].taps),
+        np.array([(*e, *heights) for e in entries], np.int64).reshape(-1, 6),
+        max(1, PIXELS // three[2].count),
+        max(1, SUM_PIXELS // three[2].count),
+    )
+
+
+def _lines(
+    pixels: int, source: int, target: int, channels: int, width: int, size: int, workers: int
+) -> Geometry:
+    """Return the geometry of a product of matrices, in rows of ``LINE`` pixels and a rest."""
+    line = min(LINE, up(pixels, workers))
+    rows, rest = up(pixels, line), pixels - (up(pixels, line) - 1) * line
+    # Rows are whole but for the last, which may be a class of its own.
+    full = rows - 1 if rest < line else rows
+    row_classes = [(0, full)] * (full > 0) + [(full, rows)] * (full < rows)
+    column_classes = [(0, rest), (rest, line)] if rest < line else [(0, line)]
+    chunks = [(k, 1) for k in range(up(channels, CHUNK))]
+    segments = [
+        (k * CHUNK * size, k * CHUNK, min(CHUNK, channels - k * CHUNK)) for k in range(len(chunks))
+    ]
+    combos = np.zeros((1, len(row_classes), len(column_classes), 2), np.int64)
+    combos[...] = 0, len(chunks)
+    if rest < line:
+        combos[0, -1, 1] = 0, 0
+    one = np.array([1, 1, 1])
+    return Geometry(
+        0,
+        np.array([0, 0, line * source, source]),
+        np.array([0, 0, line * target, target]),
+        np.array([1, 1, rows]),
+        np.array([(0, 1)]),
+        np.array(row_classes),
+        np.array(column_classes),
+        combos,
+        np.array(chunks, np.int64),
+        np.array(segments, np.int64),
+        one,
+        np.zeros(3, np.int64),
+        np.array([(0, 1)]),
+        np.array([(0, rows)]),
+        np.array(
+            [(a, b, 0, 1, *rows) for rows, (a, b) in zip(row_classes, ((0, line), (0, rest)))]
+            if full
+            else [(0, rest, 0, 1, 0, 1)]
+        ),
+        max(1, PIXELS // line),
+        max(1, SUM_PIXELS // line),
+    )
+
+
+def _cut(first: int, last: int, most: int) -> list[tuple[int, int]]:
+    """Divide a range into nearly equal ones of at most so many."""
+    parts = max(1, up(last - first, most))
+    bounds = [first + (last - first) * k // parts for k in range(parts + 1)]
+    return list(zip(bounds, bounds[1:], strict=False))
+
+
+def _ranges(classes: list[tuple[int, int, int, int]], taps: int) -> Array:
+    """Return the first and last output that meet each tap."""
+    found = []
+    for t in range(taps):
+        inside = [c for c in classes if c[2] <= t < c[3]]
+        found.append((inside[0][0], inside[-1][1]) if inside else (0, 0))
+    return np.array(found, np.int64)
+
+
+@lru_cache(maxsize=512)
+def tile_shares(
+    g: Geometry, channels: int, width: int, size: int, workers: int
+) -> tuple[range, ...]:
+    """Divide the tiles of the weight gradient, in the order of the loops, by their work."""
+    most = most_rows()
+    works: list[int] = []
+    for o, p in np.ndindex(int(g.taps[0]), int(g.taps[1])):
+        depths = int(g.ranges_d[o, 1] - g.ranges_d[o, 0])
+        for w0, w1, q0, q1, h0, h1 in g.entries.tolist():
+            rows = min(h1, int(g.ranges_h[p, 1])) - max(h0, int(g.ranges_h[p, 0]))
+            steps = max(0, rows) * depths * (w1 - w0)
+            height = (q1 - q0) * channels
+            for vectors in channel_blocks(width, vector_bytes() // size)[:, 0].tolist():
+                tiles = up(height, most[vectors])
+                works += [steps * vectors * height // tiles] * tiles
+    total = np.cumsum(works)
+    bounds = np.searchsorted(total, [total[-1] * k / workers for k in range(1, workers)])
+    cuts = [0, *(int(c) + 1 for c in bounds), len(works)]
+    return tuple(range(a, b) for a, b in zip(cuts, cuts[1:], strict=False) if a < b)
