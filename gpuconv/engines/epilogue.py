@@ -13,6 +13,7 @@ import numpy as np
 
 from gpuconv import settings
 from gpuconv.activations import Activation
+from gpuconv.engines import numba_epilogue
 from gpuconv.engines.base import Engine, epilogue_grad
 from gpuconv.engines.im2col import run_shares, scratch, wide_dtype, worker_count
 from gpuconv.engines.windows import Block, blocks
@@ -47,6 +48,8 @@ def output_grad(
     db : ndarray, optional
         ``(c,)``: the sums of ``dz`` over all other axes.
     """
+    if numba_epilogue.output_grad(dy, y, activation, dz, db):
+        return
     channels = dy.shape[-1]
     dtype = wide_dtype(dy.dtype.name)
     workers = worker_count(16 * dy.size)

@@ -13,12 +13,12 @@ import numpy as np
 
 from gpuconv import settings, threads
 from gpuconv.activations import Activation
-from gpuconv.engines.im2col import run_shares, scratch
-from gpuconv.engines.windows import Block, blocks
+from gpuconv.engines.im2col import run_shares
+from gpuconv.engines.windows import Axis, Block, Scratch, blocks
 from gpuconv.problem import CHANNELS_FIRST, ConvProblem
 
 __all__ = [
-    "aligned",
+    "buffers",
     "channel_blocks",
     "copied_bytes",
     "finish",
@@ -26,6 +26,7 @@ __all__ = [
     "most_rows",
     "numba_missing",
     "swapped",
+    "two_axes",
     "up",
     "vector_bytes",
 ]
@@ -84,12 +85,13 @@ def channel_blocks(channels: int, width: int) -> Array:
     )
 
 
-def aligned(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """Return a thread's buffer of this name, which begins where a vector may."""
-    count = math.prod(shape)
-    room = scratch.get(name, (count + vector_bytes() // dtype.itemsize,), dtype)
-    skip = -room.ctypes.data % vector_bytes() // dtype.itemsize
-    return room[skip : skip + count].reshape(shape)
+class _Buffers(Scratch):
+    """Buffers that are kept up to a size at which making them anew costs no more than their use."""
+
+    KEEP = 64 * 2**20
+
+
+buffers = _Buffers()
 
 
 def _usable(a: Array) -> bool:
@@ -132,6 +134,11 @@ def finish(target: Array, activation: Activation, workers: int) -> None:
     run_shares(blocks(target.shape[:-1], max(1, FINISH // target.shape[-1]), workers), work)
 
 
+def two_axes(axes: tuple[Axis, ...]) -> tuple[Axis, ...]:
+    """Return the axes with rows of one cell before a single one."""
+    return axes if len(axes) == 2 else (Axis(1, 1, 1, 1, 1, 0), *axes)
+
+
 def copied_bytes(problem: ConvProblem) -> int:
     """Return the bytes of the dense copies that are made of arrays channels first."""
     if problem.layout != CHANNELS_FIRST:
@@ -142,12 +149,12 @@ def copied_bytes(problem: ConvProblem) -> int:
 
 
 def swapped(w: Array, ndim: int, workers: int) -> Array:
-    """Return weights ``(*taps, in, out)`` as a dense ``(*taps, out, in)``."""
+    """Return weights ``(*taps, in, out)`` as a dense ``(*taps, out, in)``, a buffer of the thread."""
     from gpuconv.engines.numba_loops import swap
 
     taps = math.prod(w.shape[:ndim])
     flat = w.reshape(taps, *w.shape[ndim:])
-    out = np.empty((taps, flat.shape[2], flat.shape[1]), w.dtype)
+    out = buffers.get("swapped", (taps, flat.shape[2], flat.shape[1]), w.dtype)
     run_shares(
         tuple(threads.shares(taps, workers)),
         lambda _, share: swap()(flat[share.start : share.stop], out[share.start : share.stop]),

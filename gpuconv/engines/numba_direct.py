@@ -25,16 +25,17 @@ from gpuconv.engines.base import Engine, Pass
 from gpuconv.engines.epilogue import bias_sums
 from gpuconv.engines.im2col import run_shares, worker_count
 from gpuconv.engines.numba_arrays import (
-    aligned,
+    buffers,
     channel_blocks,
     copied_bytes,
     finish,
     in_parts,
     numba_missing,
+    two_axes,
     up,
     vector_bytes,
 )
-from gpuconv.engines.numba_geometry import CHUNK, SUM_PIXELS, geometry, tile_shares
+from gpuconv.engines.numba_geometry import CHUNK, SUM_PIXELS, geometry, inside, tile_shares
 from gpuconv.engines.rates import rates
 from gpuconv.engines.windows import Axis, forward_axes, input_grad_phases
 from gpuconv.problem import ConvProblem
@@ -66,8 +67,11 @@ class NumbaDirect(Engine):
         channels = problem.in_channels // problem.groups
         out = problem.out_channels // problem.groups
         across, depth = (channels, out) if pass_ == "input_grad" else (out, channels)
+        flops = problem.flops * inside(forward_axes(problem))
+        if pass_ == "input_grad" and _few_channels(problem):
+            across, flops = problem.taps * channels, 1.15 * problem.flops
         vectors = up(across, width)
-        seconds = problem.flops * vectors * width / across / (1.1 * rate.product(size))
+        seconds = flops * vectors * width / across / (1.1 * rate.product(size))
         # What a tile takes beside its products.
         outputs = math.prod(problem.y_shape[:-1])
         if pass_ == "weight_grad":
@@ -77,7 +81,7 @@ class NumbaDirect(Engine):
             tiles = outputs * vectors / 20 * problem.groups * max(1.0, problem.taps * depth / CHUNK)
         seconds += 3e-8 * tiles
         moved = sum(map(math.prod, (problem.x_shape, problem.y_shape))) * size
-        weights = 3 * math.prod(problem.w_shape) * size
+        weights = 6 * math.prod(problem.w_shape) * size
         return 4e-5 + (seconds + weights / rate.copy) / workers + moved / (1.5 * rate.copy)
 
     def workspace(self, problem: ConvProblem, pass_: Pass) -> int:
@@ -110,6 +114,9 @@ class NumbaDirect(Engine):
     def input_grad(self, problem: ConvProblem, dz: Array, w: Array, dx: Array) -> None:
         """Write the gradient with respect to ``x`` into ``dx``, phase by phase."""
         groups = problem.groups
+        if _few_channels(problem):
+            in_parts((dz,), dx, lambda dz, dx: _scatter(problem, dz, w, dx))
+            return
         phases = input_grad_phases(problem)
 
         def part(dz: Array, dx: Array) -> None:
@@ -160,7 +167,9 @@ class _Filters:
         width = vector_bytes() // weights.itemsize
         self.columns = channel_blocks(self.channels, width)
         vectors = up(self.channels, width)
-        self.packed = aligned("packed", (self.groups, vectors * self.depth, width), weights.dtype)
+        self.packed = buffers.get(
+            "packed", (self.groups, vectors * self.depth, width), weights.dtype
+        )
 
     def pack(self, first_block: int, last_block: int) -> None:
         """Put some blocks in order."""
@@ -239,6 +248,59 @@ def _correlate(
     run_shares(tuple(shares), work)
     if activation is not None and not rectify:
         finish(target, activation, workers)
+
+
+def _few_channels(problem: ConvProblem) -> bool:
+    """Return whether the input gradient has so few channels that its taps share a product."""
+    if problem.groups != 1 or problem.ndim == 3 or problem.taps == 1:
+        return False
+    width = vector_bytes() // np.dtype(problem.dtype).itemsize
+    dense = problem.dilation[-1] == 1 or problem.kernel[-1] == 1
+    return dense and 2 * problem.in_channels <= width
+
+
+def _scatter(problem: ConvProblem, dz: Array, w: Array, dx: Array) -> None:
+    """Write the input gradient: products of whole windows, added to the rows that they reach."""
+    rows, columns = two_axes(forward_axes(problem))
+    if problem.ndim == 1:
+        dz, dx = dz[:, None], dx[:, None]
+    size, channels = dx.itemsize, problem.in_channels
+    if dx.strides[-2] != channels * size:  # the taps of a row must lie side by side
+        result = np.empty(dx.shape, dx.dtype)
+        _scatter_dense(problem, rows, columns, dz, w, result)
+        dx[...] = result
+    else:
+        _scatter_dense(problem, rows, columns, dz, w, dx)
+
+
+def _scatter_dense(
+    problem: ConvProblem, rows: Axis, columns: Axis, dz: Array, w: Array, dx: Array
+) -> None:
+    depth = problem.out_channels
+    filters = _Filters(w.reshape(1, -1, depth).swapaxes(1, 2), False)
+    filters.pack(0, len(filters.columns))
+    segment = np.array([[0, 0, depth]])
+    loop = _loops(dx.dtype.name).scatter
+
+    def work(_: int, share: range) -> None:
+        lines = dx.reshape(-1, *dx.shape[2:]) if dx.flags.c_contiguous else None
+        if lines is not None:
+            lines[share.start : share.stop] = 0
+        product = buffers.get(
+            "product", (columns.count, filters.packed.shape[1] // depth, vector_bytes()), np.uint8
+        )
+        loop(
+            dz.ctypes.data, dz.strides[:3], (rows.count, columns.count), filters.packed.ctypes.data,
+            dx.ctypes.data, dx.strides[:3], (rows.size, columns.size), (rows.taps, columns.taps),
+            (rows.stride, columns.stride, rows.dilation, -rows.start, -columns.start),
+            problem.in_channels, filters.columns, product.ctypes.data, segment,
+            (share.start, share.stop),
+        )  # fmt: skip
+
+    if not dx.flags.c_contiguous:
+        dx[...] = 0
+    workers = worker_count(problem.flops)
+    run_shares(tuple(threads.shares(len(dx) * rows.size, workers)), work)
 
 
 def _outer_sums(problem: ConvProblem, x: Array, dz: Array, sums: Array) -> None:

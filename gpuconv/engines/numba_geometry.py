@@ -16,7 +16,7 @@ import numpy as np
 from gpuconv.engines.numba_arrays import channel_blocks, most_rows, up, vector_bytes
 from gpuconv.engines.windows import Axis
 
-__all__ = ["CHUNK", "SUM_PIXELS", "Geometry", "geometry", "tile_shares"]
+__all__ = ["CHUNK", "SUM_PIXELS", "Geometry", "geometry", "inside", "tile_shares"]
 
 Array = np.ndarray[Any, Any]
 
@@ -43,6 +43,19 @@ def _classes(axis: Axis) -> list[tuple[int, int, int, int]]:
         else:
             found.append((i, i + 1, low, high))
     return found
+
+
+def _outputs(classes: list[tuple[int, int, int, int]]) -> Array:
+    return np.array([c[:2] for c in classes])
+
+
+@lru_cache(maxsize=1024)
+def inside(axes: tuple[Axis, ...]) -> float:
+    """Return which share of all taps falls into the image."""
+    return math.prod(
+        sum((b - a) * (t1 - t0) for a, b, t0, t1 in _classes(axis)) / (axis.count * axis.taps)
+        for axis in axes
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,13 +181,14 @@ def geometry(
             if inside:
                 entries.append((inside[0][0], inside[-1][1], q, q + 1))
     entries = [(a, b, *taps) for w0, w1, *taps in entries for a, b in _cut(w0, w1, SUM_PIXELS)]
-    heights = 0, three[1].count
     return Geometry(
         origin,
         np.array(steps),
         np.array(t),
         np.array((batch, *(a.count for a in three[:2]))),
-        *(np.array([c[:2] for c in of_axis]) for of_axis in classes),
+        _outputs(classes[0]),
+        _outputs(classes[1]),
+        _outputs(classes[2]),
         combos,
         np.array(chunks, np.int64),
         np.array(segments, np.int64).reshape(-1, 3),
@@ -182,7 +196,7 @@ def geometry(
         np.array(tap_steps),
         _ranges(classes[0], three[0].taps),
         _ranges(classes[1], three[1].taps),
-        np.array([(*e, *heights) for e in entries], np.int64).reshape(-1, 6),
+        np.array([(*e, 0, three[1].count) for e in pieces], np.int64).reshape(-1, 6),
         max(1, PIXELS // three[2].count),
         max(1, SUM_PIXELS // three[2].count),
     )
@@ -223,9 +237,7 @@ def _lines(
         np.array([(0, 1)]),
         np.array([(0, rows)]),
         np.array(
-            [(a, b, 0, 1, *rows) for rows, (a, b) in zip(row_classes, ((0, line), (0, rest)))]
-            if full
-            else [(0, rest, 0, 1, 0, 1)]
+            [(0, line, 0, 1, 0, full)] * (full > 0) + [(0, rest, 0, 1, full, rows)] * (full < rows)
         ),
         max(1, PIXELS // line),
         max(1, SUM_PIXELS // line),

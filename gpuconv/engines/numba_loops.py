@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
-from gpuconv.engines.numba_tile import ADD, BIAS, BYTES, MOST_ROWS, ZERO, tile
+from gpuconv.engines.numba_tile import ADD, BIAS, BYTES, MOST_ROWS, STAMP, ZERO, add_line, tile
 
 __all__ = ["Loops", "compiled", "swap"]
 
@@ -22,6 +22,7 @@ class Loops(NamedTuple):
 
     correlate: Callable[..., None]
     outer_sums: Callable[..., None]
+    scatter: Callable[..., None]
     pack: Callable[..., None]
     pack_transposed: Callable[..., None]
 
@@ -39,7 +40,7 @@ def compiled(real: str) -> Loops:
     }
     size = 4 if real == "float32" else 8
     width = BYTES // size
-    most = tuple(int(n) for n in MOST_ROWS)
+    most = (*(int(n) for n in MOST_ROWS), STAMP)
     first_step, add, bias_first, vector = ZERO, ADD, BIAS, BYTES
 
     # Arguments of both loops.
@@ -51,7 +52,7 @@ def compiled(real: str) -> Loops:
     #   share           first and last row over (n, d, h), block, group or piece
 
     @njit(**options)
-    def correlate(  # type: ignore[no-untyped-def]
+    def correlate(
         source, target, filters, bias, steps, places, counts, rows_at_once, depth_classes,
         row_classes, column_classes, combos, chunks, segments, panel, columns, group, rectify,
         share,
@@ -137,7 +138,7 @@ def compiled(real: str) -> Loops:
                         chunk += 1
 
     @njit(**options)
-    def outer_sums(  # type: ignore[no-untyped-def]
+    def outer_sums(
         source, gradient, sums, steps, places, counts, taps, tap_steps, ranges_d, ranges_h,
         entries, channels, rows_at_once, columns, out_row, group, segments, share,
     ):  # fmt: skip
@@ -219,7 +220,70 @@ def compiled(real: str) -> Loops:
                                              table, count, c, out_row, add, 0, 0, valid)  # fmt: skip
 
     @njit(**options)
-    def pack(w, columns, packed, first_block, last_block):  # type: ignore[no-untyped-def]
+    def scatter(
+        gradient, places, counts, filters, target, steps, sizes, taps, geometry, channels, columns,
+        product, segment, share,
+    ):  # fmt: skip
+        # For few input channels: all taps of a row of pixels in one product, whose parts are then
+        # added to the rows of dx that they reach. Each worker has rows of its own.
+        place_n, place_h, place_w = places
+        step_n, step_h, step_w = steps
+        height, breadth = sizes
+        stride_h, stride_w, dilation_h, top, left = geometry
+        first_row, last_row = share
+        run = segment.ctypes.data
+        row_out = (columns[-1, 0] + columns[-1, 1]) * vector
+        depth = segment[0, 2]
+        line = taps[1] * channels
+        row = first_row
+        while row < last_row:
+            n, h0 = row // height, row % height
+            h1 = min(height, h0 + last_row - row)
+            row += h1 - h0
+            i0 = max(0, -((-(h0 + top - (taps[0] - 1) * dilation_h)) // stride_h))
+            i1 = min(counts[0], (h1 - 1 + top) // stride_h + 1)
+            for i in range(i0, i1):
+                at = gradient + n * place_n + i * place_h
+                for block in range(len(columns)):
+                    vectors, first_vector, _ = columns[block]
+                    b = filters + first_vector * vector * depth
+                    pieces = (counts[1] + most[vectors] - 1) // most[vectors]
+                    j = 0
+                    for piece in range(pieces):
+                        end = counts[1] * (piece + 1) // pieces
+                        a = at + j * place_w
+                        c = product + j * row_out + first_vector * vector
+                        m = end - j
+                        j = end
+                        if vectors == 4:
+                            tile(real, "step", 4, m, a, place_w, size, b, 4 * vector, 1, run, 1,
+                                 c, row_out, first_step, 0, 0, width)  # fmt: skip
+                        elif vectors == 3:
+                            tile(real, "step", 3, m, a, place_w, size, b, 3 * vector, 1, run, 1,
+                                 c, row_out, first_step, 0, 0, width)  # fmt: skip
+                        elif vectors == 2:
+                            tile(real, "step", 2, m, a, place_w, size, b, 2 * vector, 1, run, 1,
+                                 c, row_out, first_step, 0, 0, width)  # fmt: skip
+                        else:
+                            tile(real, "step", 1, m, a, place_w, size, b, vector, 1, run, 1,
+                                 c, row_out, first_step, 0, 0, width)  # fmt: skip
+                for p in range(taps[0]):
+                    h = i * stride_h + p * dilation_h - top
+                    if h < h0 or h >= h1:
+                        continue
+                    to = target + n * step_n + h * step_h
+                    for j in range(counts[1]):
+                        w = j * stride_w - left
+                        q0, q1 = max(0, -w), min(taps[1], breadth - w)
+                        if q0 < q1:
+                            add_line(
+                                real, to + (w + q0) * step_w,
+                                product + j * row_out + (p * line + q0 * channels) * size,
+                                (q1 - q0) * channels,
+                            )  # fmt: skip
+
+    @njit(**options)
+    def pack(w, columns, packed, first_block, last_block):
         # w: (groups, steps, channels); packed: (groups, vectors * steps, numbers of a vector).
         groups, depth, channels = w.shape
         for g in range(groups):
@@ -235,7 +299,7 @@ def compiled(real: str) -> Loops:
                         at += 1
 
     @njit(**options)
-    def pack_transposed(w, columns, packed, first_block, last_block):  # type: ignore[no-untyped-def]
+    def pack_transposed(w, columns, packed, first_block, last_block):
         # w: (groups, taps, channels, steps of a tap), to the same form as above.
         groups, taps, channels, depth = w.shape
         for g in range(groups):
@@ -252,7 +316,7 @@ def compiled(real: str) -> Loops:
                                     place = at + (t * depth + k) * vectors + v
                                     packed[g, place, j] = w[g, t, c, k] if c < channels else 0
 
-    return Loops(correlate, outer_sums, pack, pack_transposed)
+    return Loops(correlate, outer_sums, scatter, pack, pack_transposed)
 
 
 @cache
@@ -263,7 +327,7 @@ def swap() -> Callable[..., None]:
     side = 16
 
     @njit(nogil=True, cache=True, boundscheck=False)
-    def swapped(w, out):  # type: ignore[no-untyped-def]
+    def swapped(w, out):
         taps, rows, columns = w.shape
         for t in range(taps):
             for i0 in range(0, rows, side):
@@ -272,4 +336,4 @@ def swap() -> Callable[..., None]:
                         for i in range(i0, min(i0 + side, rows)):
                             out[t, j, i] = w[t, i, j]
 
-    return swapped
+    return swapped  # type: ignore[no-any-return]

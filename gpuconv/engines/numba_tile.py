@@ -15,15 +15,18 @@ al.: Anatomy of high-performance deep learning convolutions on SIMD architecture
 
 from __future__ import annotations
 
+import zlib
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from llvmlite import binding, ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
-__all__ = ["ADD", "BIAS", "MOST_ROWS", "REGISTERS", "ZERO", "lanes", "tile"]
+__all__ = ["ADD", "BIAS", "MOST_ROWS", "REGISTERS", "STAMP", "ZERO", "add_line", "lanes", "tile"]
 
 #: What a tile begins with: zeros, the bias, or what its place holds.
 ZERO, BIAS, ADD = 0, 1, 2
@@ -48,6 +51,8 @@ def most_rows(vectors: int) -> int:
     return min(14, (REGISTERS - 2 - vectors) // vectors)
 
 
+#: Numba keeps compiled loops by their own file; this makes them stale when this one changes.
+STAMP = zlib.crc32(Path(__file__).read_bytes())
 #: The rows by the number of vectors, 1 to 4.
 MOST_ROWS = np.array([0, *(max(1, most_rows(v)) for v in (1, 2, 3, 4))])
 
@@ -180,8 +185,7 @@ def _function(module: ir.Module, rows: int, vectors: int, real: str, unit: str) 
         address = b.add(at_a[bases.index(base)], b.mul(row_a, ir.Constant(_i64, i - base)))
         value = b.load(b.inttoptr(address, scalar.as_pointer()), align=size)
         wide = splat(value, vector)
-        for j in range(vectors):
-            results.append(b.call(fma, [wide, row_b[j], inner[i * vectors + j]]))
+        results += [b.call(fma, [wide, row_b[j], inner[i * vectors + j]]) for j in range(vectors)]
     remaining = b.sub(left, ir.Constant(_i64, 1))
     left.add_incoming(remaining, steps)
     at_b.add_incoming(b.add(at_b, arg["b_step"]), steps)
@@ -220,7 +224,7 @@ def _base(row: int) -> int:
     return next(j for j in range(row - row % 3, -1, -3) if row - j in (0, 1, 2, 4, 8))
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[misc]
+@intrinsic(prefer_literal=True)
 def tile(
     typing_context,
     real,
@@ -241,7 +245,7 @@ def tile(
     bias,
     rectify,
     valid,
-):  # type: ignore[no-untyped-def]
+):
     """Compute a tile: ``c[i] = begin + sum over steps of a[i, step] * b[step]``.
 
     Addresses are integers, distances are bytes. ``real`` ("float32", "float64"), ``unit``
@@ -274,7 +278,7 @@ def tile(
     most = int(MOST_ROWS[literal[2]])
     signature = types.void(real, unit, vectors, rows, *[types.int64] * len(_ARGUMENTS))
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         kind, direction, width = literal
         count, rest = args[3], args[4:]
         done = builder.append_basic_block("tile_done")
@@ -290,6 +294,55 @@ def tile(
         builder.position_at_end(never)
         builder.branch(done)
         builder.position_at_end(done)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic(prefer_literal=True)
+def add_line(typing_context, real, target, source, count):
+    """Add ``count`` numbers at an address to those at another, a vector at a time."""
+    if not isinstance(real, types.Literal):
+        return None
+    scalar, size = (ir.FloatType(), 4) if real.literal_value == "float32" else (ir.DoubleType(), 8)
+    width = BYTES // size
+    signature = types.void(real, *[types.int64] * 3)
+
+    def codegen(context, builder, signature, args):
+        _, target, source, count = args
+        vector, mask_type = ir.VectorType(scalar, width), ir.VectorType(_i1, width)
+        i32, numbers = ir.IntType(32), ir.VectorType(_i64, width)
+        pointer = vector.as_pointer()
+        suffix = f"v{width}{'f32' if size == 4 else 'f64'}"
+        load = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(vector, [pointer, i32, mask_type, vector]),
+            f"llvm.masked.load.{suffix}.p0",
+        )
+        store = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(ir.VoidType(), [vector, pointer, i32, mask_type]),
+            f"llvm.masked.store.{suffix}.p0",
+        )
+        align = ir.Constant(i32, size)
+        zero = ir.Constant(vector, [ir.Constant(scalar, 0.0)] * width)
+        iota = ir.Constant(numbers, list(range(width)))
+        order = ir.Constant(ir.VectorType(i32, width), [0] * width)
+        step = ir.Constant(_i64, width)
+        with cgutils.for_range_slice(builder, ir.Constant(_i64, 0), count, step, _i64) as (i, _):
+            left = builder.insert_element(
+                ir.Constant(numbers, ir.Undefined), builder.sub(count, i), ir.Constant(i32, 0)
+            )
+            left = builder.shuffle_vector(left, ir.Constant(numbers, ir.Undefined), order)
+            mask = builder.icmp_signed("<", iota, left)
+            offset = builder.mul(i, ir.Constant(_i64, size))
+            to = builder.inttoptr(builder.add(target, offset), pointer)
+            at = builder.inttoptr(builder.add(source, offset), pointer)
+            total = builder.fadd(
+                builder.call(load, [to, align, mask, zero]),
+                builder.call(load, [at, align, mask, zero]),
+            )
+            builder.call(store, [total, to, align, mask])
         return context.get_dummy_value()
 
     return signature, codegen

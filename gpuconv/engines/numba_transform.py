@@ -8,6 +8,8 @@ vectors is part of them.
 
 from __future__ import annotations
 
+import zlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,9 +19,13 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from gpuconv.engines.numba_tile import BYTES
+from gpuconv.engines.numba_tile import STAMP as TILE_STAMP
 from gpuconv.engines.toom_cook import filtering
 
-__all__ = ["copy_bytes", "matrices", "transform", "zero_bytes"]
+__all__ = ["STAMP", "copy_bytes", "matrices", "transform", "zero_bytes"]
+
+#: As that of the tiles.
+STAMP = zlib.crc32(Path(__file__).read_bytes(), TILE_STAMP)
 
 _i64, _i32, _i1 = ir.IntType(64), ir.IntType(32), ir.IntType(1)
 _ARGUMENTS = (
@@ -31,7 +37,7 @@ _ARGUMENTS = (
 def matrices(kind: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Return L and R of a kind: what is transformed, then m and r of rows and of columns.
 
-    "input 4 3 4 3" is the transform of the input for F(4x4, 3x3). "taps", "outputs" and
+    What follows those four numbers does not count. "input 4 3 4 3" is the transform of the input for F(4x4, 3x3). "taps", "outputs" and
     "gradient" (of the outputs) and "sums" (to the gradient of the taps) are the others.
     """
     what, *numbers = kind.split()
@@ -140,7 +146,7 @@ def _function(module: ir.Module, kind: str, real: str) -> ir.Function:
             for row in range(depth)
         ]
         by_column.append([combined(left[i], loaded) for i in range(p)])
-    bias = zero
+    bias, not_finite = zero, wrong
     if outputs:
         place = b.add(arg["bias"], b.mul(number, ir.Constant(_i64, BYTES)))
         bias = b.load(b.inttoptr(place, pointer), align=size)
@@ -152,12 +158,12 @@ def _function(module: ir.Module, kind: str, real: str) -> ir.Function:
             if outputs:
                 value = b.fadd(value, bias)
                 # x * 0 is NaN where x is not finite.
-                wrong_now = b.call(fma, [value, zero, wrong if (i, j) == (0, 0) else wrong_now])
+                not_finite = b.call(fma, [value, zero, not_finite])
                 below = b.and_(b.fcmp_ordered("<", value, zero), rectify)
                 value = b.select(below, zero, value)
             b.call(store_masked, [value, at("target", i, j, target_offset), align, mask_out])
     number.add_incoming(b.add(number, ir.Constant(_i64, 1)), b.block)
-    wrong.add_incoming(wrong_now if outputs else zero, b.block)
+    wrong.add_incoming(not_finite, b.block)
     b.branch(loop)
     b.position_at_end(done)
     bits = b.bitcast(b.fcmp_unordered("uno", wrong, wrong), ir.IntType(width))

@@ -25,18 +25,19 @@ from gpuconv.engines.base import Engine, Pass
 from gpuconv.engines.epilogue import bias_sums
 from gpuconv.engines.im2col import by_definition, run_shares, window_sums, worker_count
 from gpuconv.engines.numba_arrays import (
-    aligned,
+    buffers,
     channel_blocks,
     copied_bytes,
     finish,
     in_parts,
     numba_missing,
     swapped,
+    two_axes,
     vector_bytes,
 )
 from gpuconv.engines.rates import rates
 from gpuconv.engines.toom_cook import Filtering, filtering
-from gpuconv.engines.windows import Axis, forward_axes, input_grad_phases
+from gpuconv.engines.windows import forward_axes, input_grad_phases
 from gpuconv.problem import ConvProblem
 
 __all__ = ["NumbaWinograd"]
@@ -66,10 +67,6 @@ def _loops(dtype: np.dtype[Any], methods: tuple[Filtering, Filtering]) -> Any:
     return compiled(dtype.name, *((f.m, f.r) for f in methods))
 
 
-def _two(axes: tuple[Axis, ...]) -> tuple[Axis, ...]:
-    return axes if len(axes) == 2 else (Axis(1, 1, 1, 1, 1, 0), *axes)
-
-
 def _flat(array: Array, problem: ConvProblem) -> Array:
     """Return an image of one spatial axis as one of a single row."""
     return array if problem.ndim == 2 else array[:, None]
@@ -86,7 +83,9 @@ class _Cut:
     """
 
     def __init__(self, problem: ConvProblem, backwards: bool) -> None:
-        self.axes = _two(input_grad_phases(problem)[0].axes if backwards else forward_axes(problem))
+        self.axes = two_axes(
+            input_grad_phases(problem)[0].axes if backwards else forward_axes(problem)
+        )
         self.methods = _methods(problem.kernel)
         self.inputs, self.outputs = problem.in_channels, problem.out_channels
         if backwards:
@@ -99,21 +98,24 @@ class _Cut:
         )
         self.padded_in = -(-self.inputs // self.width) * self.width
         self.padded_out = -(-self.outputs // self.width) * self.width
+        # An odd number of vectors, or the factors of a tap meet in one set of a cache.
+        vectors = self.inputs * self.padded_out // self.width | 1
+        self.filter_stride = vectors * vector_bytes()
         self.filter_bytes = self.factors * self.inputs * self.padded_out * self.size
         self.tile_bytes = self.factors * (self.padded_in + self.padded_out) * self.size
         self.workers = worker_count(problem.flops)
         self.at_once = max(1, min(max(BLOCK // self.tile_bytes, FEW_TILES), self.tiles))
 
-    def buffers(self) -> tuple[Array, Array, Array]:
+    def blocks(self) -> tuple[Array, Array, Array]:
         """Return a worker's factors, products, and a place for a tile at the border."""
         kind = np.dtype(f"f{self.size}")
-        some = self.at_once * self.factors
+        some = self.factors
         rows, columns = self.methods
         patch = rows.n * columns.n * max(self.padded_in, self.padded_out)
         return (
-            aligned("factors", (some * self.padded_in,), kind),
-            aligned("products", (some * self.padded_out,), kind),
-            aligned("patch", (patch,), kind),
+            buffers.get("factors", (some * (self.at_once * self.padded_in + self.width),), kind),
+            buffers.get("products", (some * (self.at_once * self.padded_out + self.width),), kind),
+            buffers.get("patch", (patch,), kind),
         )
 
 
@@ -168,7 +170,7 @@ class NumbaWinograd(Engine):
         seconds += 2.0 * cut.tiles * each * (cut.padded_in + cut.padded_out) / 2 / peak * 2
         blocks = max(1.0, cut.tiles / cut.at_once)
         passes = 4 + blocks * (2 if pass_ == "weight_grad" else 1)
-        read = passes * cut.filter_bytes / rate.copy
+        read = 1.5 * passes * cut.filter_bytes / rate.copy
         moved = sum(map(math.prod, (problem.x_shape, problem.y_shape))) * cut.size
         return 6e-5 + (seconds + read) / workers + moved / (1.5 * rate.copy)
 
@@ -216,8 +218,8 @@ class NumbaWinograd(Engine):
         if dw is None:
             return
         whole = _cut(problem, False)
-        shape = (whole.factors, whole.inputs, whole.padded_out)
-        sums = aligned("filters", shape, dw.dtype)
+        shape = (whole.factors, whole.filter_stride // whole.size)
+        sums = buffers.get("filters", shape, dw.dtype)
 
         def zero(_: int, share: range) -> None:
             sums[share.start : share.stop] = 0
@@ -231,7 +233,7 @@ class NumbaWinograd(Engine):
 
         def finish(_: int, share: range) -> None:
             loops.filter_grad(
-                sums.ctypes.data, whole.inputs, columns, taps.ctypes.data, *taps.strides[:3],
+                sums.ctypes.data, whole.filter_stride, columns, taps.ctypes.data, *taps.strides[:3],
                 share.start, share.stop,
             )  # fmt: skip
 
@@ -266,7 +268,7 @@ def _correlate(
     loops = _loops(source.dtype, cut.methods)
     columns = channel_blocks(cut.outputs, cut.width)
     blocks = len(columns)
-    filters = aligned("filters", (cut.factors, cut.inputs, cut.padded_out), source.dtype)
+    filters = buffers.get("filters", (cut.factors, cut.filter_stride // cut.size), source.dtype)
     line = np.zeros(cut.padded_out, source.dtype)
     if bias is not None:
         line[: cut.outputs] = bias
@@ -282,8 +284,8 @@ def _correlate(
 
     def transformed(first: int, last: int) -> None:
         loops.filters(
-            taps.ctypes.data, *taps.strides[:3], cut.inputs, columns, filters.ctypes.data, first,
-            last,
+            taps.ctypes.data, *taps.strides[:3], cut.inputs, columns, filters.ctypes.data,
+            cut.filter_stride, first, last,
         )  # fmt: skip
 
     def work(k: int, share: range) -> None:
@@ -293,10 +295,10 @@ def _correlate(
             transformed(*some)
         else:
             tiles = (share.start, share.stop)
-        factors, products, patch = cut.buffers()
+        factors, products, patch = cut.blocks()
         wrong[k] = loops.correlate(
             source.ctypes.data, source.strides[:3], sizes, starts, cut.inputs,
-            factors.ctypes.data, filters.ctypes.data, target.ctypes.data, target.strides[:3],
+            factors.ctypes.data, filters.ctypes.data, cut.filter_stride, target.ctypes.data, target.strides[:3],
             counts, line.ctypes.data, rectify, columns, products.ctypes.data, patch.ctypes.data,
             segment.ctypes.data, cut.at_once, (*tiles, *some),
         )  # fmt: skip
@@ -329,11 +331,11 @@ def _factor_sums(problem: ConvProblem, x: Array, dz: Array, sums: Array) -> None
     def work(_: int, share: range) -> None:
         mine = share.start, share.stop
         both = (*mine, 0, vectors_in) if by_blocks else (0, blocks, *mine)
-        factors, products, patch = cut.buffers()
+        factors, products, patch = cut.blocks()
         loops.factor_sums(
             x.ctypes.data, x.strides[:3], sizes, starts, cut.inputs, factors.ctypes.data,
             dz.ctypes.data, dz.strides[:3], counts, columns, products.ctypes.data,
-            sums.ctypes.data, patch.ctypes.data, np.zeros((1, 3), np.int64), cut.at_once,
+            sums.ctypes.data, cut.filter_stride, patch.ctypes.data, np.zeros((1, 3), np.int64), cut.at_once,
             (0, cut.tiles, *both),
         )  # fmt: skip
 

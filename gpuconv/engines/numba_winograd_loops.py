@@ -11,7 +11,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from gpuconv.engines.numba_tile import ADD, BYTES, MOST_ROWS, ZERO, tile
-from gpuconv.engines.numba_transform import copy_bytes, transform, zero_bytes
+from gpuconv.engines.numba_transform import STAMP, copy_bytes, transform, zero_bytes
 
 __all__ = ["Loops", "compiled"]
 
@@ -36,7 +36,7 @@ def compiled(real: str, rows: tuple[int, int], columns: tuple[int, int]) -> Loop
         "boundscheck": False,
         "error_model": "numpy",
     }
-    method = " ".join(map(str, (*rows, *columns)))
+    method = " ".join(map(str, (*rows, *columns, STAMP)))
     of_input, of_taps = f"input {method}", f"taps {method}"
     of_outputs, of_gradient, of_sums = f"outputs {method}", f"gradient {method}", f"sums {method}"
     (m_rows, r_rows), (m_columns, r_columns) = rows, columns
@@ -45,16 +45,12 @@ def compiled(real: str, rows: tuple[int, int], columns: tuple[int, int]) -> Loop
     count = n_rows * n_columns
     size = 4 if real == "float32" else 8
     vector, width = BYTES, BYTES // size
-    most = tuple(int(n) for n in MOST_ROWS)
+    most = (*(int(n) for n in MOST_ROWS), STAMP)
     begin, add = ZERO, ADD
 
     @njit(**options)
-    def filters(w, tap_row, tap_column, channel, channels, columns, out, first, last):  # type: ignore[no-untyped-def]
+    def filters(w, tap_row, tap_column, channel, channels, columns, out, stride, first, last):
         # out[k, block][channel, vector]: the order in which tiles read them.
-        total = 0
-        for block in range(len(columns)):
-            total += columns[block, 0]
-        stride = channels * total * vector
         for block in range(first, last):
             vectors, first_vector, valid = columns[block]
             for c in range(channels):
@@ -68,7 +64,7 @@ def compiled(real: str, rows: tuple[int, int], columns: tuple[int, int]) -> Loop
     @njit(inline="always")
     def gather(
         source, row, column, height, breadth, side_rows, side_columns, step_h, step_w, patch, held
-    ):  # type: ignore[no-untyped-def]
+    ):
         # Copies what of a tile lies inside the image into zeros.
         zero_bytes(patch, side_rows * side_columns * held)
         r0, r1 = max(0, -row), min(side_rows, height - row)
@@ -82,8 +78,8 @@ def compiled(real: str, rows: tuple[int, int], columns: tuple[int, int]) -> Loop
                 )
 
     @njit(**options)
-    def correlate(  # type: ignore[no-untyped-def]
-        source, steps, sizes, starts, channels, factors, filters, target, places, counts, bias,
+    def correlate(
+        source, steps, sizes, starts, channels, factors, filters, stride, target, places, counts, bias,
         rectify, columns, products, patch, run, tiles_at_once, share,
     ):  # fmt: skip
         step_n, step_h, step_w = steps
@@ -100,11 +96,12 @@ def compiled(real: str, rows: tuple[int, int], columns: tuple[int, int]) -> Loop
         valid_out = columns[last_block - 1, 2]
         row_out = vectors_out * vector
         held_in, held_out = channels * size, (vectors_out - 1) * vector + valid_out * size
-        total = columns[-1, 0] + columns[-1, 1]
         wrong = 0
         for block_tile in range(first_tile, last_tile, tiles_at_once):
             some = min(tiles_at_once, last_tile - block_tile)
-            stride_in, stride_out = some * row_in, some * row_out
+            # An odd number of vectors apart, or the factors of a tile meet in one set of a cache.
+            stride_in = (some * row_in // vector | 1) * vector
+            stride_out = (some * row_out // vector | 1) * vector
             for t in range(some):
                 n, rest = (
                     (block_tile + t) // (tile_rows * tile_columns),
@@ -130,7 +127,7 @@ def compiled(real: str, rows: tuple[int, int], columns: tuple[int, int]) -> Loop
             for k in range(count):
                 for block in range(first_block, last_block):
                     vectors, first_vector, _ = columns[block]
-                    b = filters + (k * total + first_vector) * vector * channels
+                    b = filters + k * stride + first_vector * vector * channels
                     to = products + k * stride_out + (first_vector - first_out) * vector
                     pieces = (some + most[vectors] - 1) // most[vectors]
                     i = 0
@@ -180,9 +177,9 @@ def compiled(real: str, rows: tuple[int, int], columns: tuple[int, int]) -> Loop
         return wrong
 
     @njit(**options)
-    def factor_sums(  # type: ignore[no-untyped-def]
+    def factor_sums(
         source, steps, sizes, starts, channels, factors, gradient, places, counts, columns,
-        products, sums, patch, segment, tiles_at_once, share,
+        products, sums, stride, patch, segment, tiles_at_once, share,
     ):  # fmt: skip
         # Adds factors(x).T @ factors(dz) to sums[k][channel, output channel].
         step_n, step_h, step_w = steps
@@ -205,7 +202,9 @@ def compiled(real: str, rows: tuple[int, int], columns: tuple[int, int]) -> Loop
         row_sum = (columns[-1, 0] + columns[-1, 1]) * vector
         for block_tile in range(first_tile, last_tile, tiles_at_once):
             some = min(tiles_at_once, last_tile - block_tile)
-            stride_in, stride_out = some * row_in, some * row_out
+            # An odd number of vectors apart, or the factors of a tile meet in one set of a cache.
+            stride_in = (some * row_in // vector | 1) * vector
+            stride_out = (some * row_out // vector | 1) * vector
             for t in range(some):
                 n, rest = (
                     (block_tile + t) // (tile_rows * tile_columns),
@@ -244,7 +243,7 @@ def compiled(real: str, rows: tuple[int, int], columns: tuple[int, int]) -> Loop
                 for block in range(first_block, last_block):
                     vectors, first_vector, _ = columns[block]
                     b = products + k * stride_out + (first_vector - first_out) * vector
-                    to = sums + (k * channels + first_in * width) * row_sum + first_vector * vector
+                    to = sums + k * stride + first_in * width * row_sum + first_vector * vector
                     pieces = (mine + most[vectors] - 1) // most[vectors]
                     i = 0
                     for piece in range(pieces):
@@ -267,13 +266,13 @@ def compiled(real: str, rows: tuple[int, int], columns: tuple[int, int]) -> Loop
                                  c, row_sum, add, 0, 0, width)  # fmt: skip
 
     @njit(**options)
-    def filter_grad(sums, channels, columns, dw, tap_row, tap_column, channel, first, last):  # type: ignore[no-untyped-def]
+    def filter_grad(sums, stride, columns, dw, tap_row, tap_column, channel, first, last):
         vectors = columns[-1, 0] + columns[-1, 1]
         row = vectors * vector
         for c in range(first, last):
             transform(
                 real, of_sums, vectors, width, columns[-1, 2], sums + c * row,
-                n_columns * channels * row, channels * row, vector, dw + c * channel, tap_row,
+                n_columns * stride, stride, vector, dw + c * channel, tap_row,
                 tap_column, vector, 0, 0,
             )  # fmt: skip
 
