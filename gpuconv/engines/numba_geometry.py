@@ -180,7 +180,7 @@ def geometry(
             inside = [c for c in classes[2] if c[2] <= q < c[3]]
             if inside:
                 entries.append((inside[0][0], inside[-1][1], q, q + 1))
-    entries = [(a, b, *taps) for w0, w1, *taps in entries for a, b in _cut(w0, w1, SUM_PIXELS)]
+    pieces = [(a, b, q0, q1) for w0, w1, q0, q1 in entries for a, b in _cut(w0, w1, SUM_PIXELS)]
     return Geometry(
         origin,
         np.array(steps),
