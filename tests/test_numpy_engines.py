@@ -25,7 +25,20 @@ ENGINES = [
     "numpy_planar",
     "numpy_taps",
     "numpy_winograd",
+    "numba_depthwise",
+    "numba_direct",
+    "numba_winograd",
 ]
+WINOGRAD = ["numpy_winograd", "numba_winograd"]
+
+
+def available(engine: str) -> str:
+    """Return the engine's name; skip where it cannot run."""
+    missing = dispatch.get_engine(engine).unavailable()
+    if missing:
+        pytest.skip(missing)
+    return engine
+
 
 #: x, w, options: each makes some engine cut its work in another way.
 SHAPES: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
@@ -108,7 +121,7 @@ def test_the_reference_agrees_with_the_loops() -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_many_blocks_and_workers(engine: str, shape: str, restored: None) -> None:
-    made = dispatch.get_engine(engine)
+    made = dispatch.get_engine(available(engine))
     problem = problem_of(shape)
     if any(made.unsupported(problem, p) for p in PASSES):
         return  # the conformance suite sees that it says why
@@ -140,6 +153,7 @@ def test_many_blocks_and_workers(engine: str, shape: str, restored: None) -> Non
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_same_bits_from_run_to_run(engine: str, restored: None) -> None:
+    available(engine)
     gpuconv.set_num_threads(3)
     for shape in SHAPES:
         problem = problem_of(shape, "float32")
@@ -179,9 +193,13 @@ def test_too_large_a_tile_is_refused() -> None:
         toom_cook.filtering(9, 3)
 
 
+@pytest.mark.parametrize("engine", WINOGRAD)
 @settings(max_examples=60, deadline=None)
 @given(
-    kernel=st.tuples(st.integers(1, 7), st.integers(1, 7)).filter(lambda k: k != (1, 1)),
+    kernel=st.one_of(
+        st.sampled_from([(3, 3), (7, 1)]),
+        st.tuples(st.integers(1, 7), st.integers(1, 7)).filter(lambda k: k != (1, 1)),
+    ),
     size=st.tuples(st.integers(1, 20), st.integers(1, 20)),
     dilation=st.tuples(st.integers(1, 3), st.integers(1, 3)),
     padding=st.integers(0, 6),
@@ -191,6 +209,7 @@ def test_too_large_a_tile_is_refused() -> None:
     seed=st.integers(0, 2**16),
 )
 def test_winograd_keeps_its_bound_in_float32(
+    engine: str,
     kernel: Any,
     size: Any,
     dilation: Any,
@@ -201,6 +220,9 @@ def test_winograd_keeps_its_bound_in_float32(
     seed: int,
 ) -> None:
     """Ten times the tolerance of the other engines, also with large offsets and wide ranges."""
+    available(engine)
+    if engine == "numba_winograd":  # a kernel takes seconds to compile
+        kernel, dilation = ((3, 3) if min(kernel) > 1 else (7, 1)), (1, 1)
     if any(
         d * (k - 1) + 1 > n + 2 * padding for k, n, d in zip(kernel, size, dilation, strict=True)
     ):
@@ -219,7 +241,7 @@ def test_winograd_keeps_its_bound_in_float32(
     dy = rng.standard_normal(want.shape).astype("f4")
     with gpuconv.engine("numpy_gemm"):
         exact = gpuconv.conv2d_backward(dy.astype("f8"), x.astype("f8"), w.astype("f8"), **options)
-    with gpuconv.engine("numpy_winograd"):
+    with gpuconv.engine(engine):
         y = gpuconv.conv2d(x, w, **options)
         dx, dw, db = gpuconv.conv2d_backward(dy, x, w, **options)
     taps = kernel[0] * kernel[1]
@@ -231,7 +253,9 @@ def test_winograd_keeps_its_bound_in_float32(
 
 @pytest.mark.parametrize("pass_", PASSES)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 3e38])
-def test_what_is_not_finite_stays_in_its_window(pass_: str, bad: float) -> None:
+@pytest.mark.parametrize("engine", WINOGRAD)
+def test_what_is_not_finite_stays_in_its_window(engine: str, pass_: str, bad: float) -> None:
+    available(engine)
     x, w = (
         RNG.standard_normal((2, 20, 20, 8)).astype("f4"),
         RNG.standard_normal((3, 3, 8, 8)).astype("f4"),
@@ -248,7 +272,7 @@ def test_what_is_not_finite_stays_in_its_window(pass_: str, bad: float) -> None:
 
     with gpuconv.engine("numpy_gemm"):
         want = run()
-    with gpuconv.engine("numpy_winograd"):
+    with gpuconv.engine(engine):
         got = run()
     np.testing.assert_array_equal(np.isfinite(got), np.isfinite(want))
     finite = np.isfinite(want)
@@ -258,17 +282,93 @@ def test_what_is_not_finite_stays_in_its_window(pass_: str, bad: float) -> None:
 def test_strict_precision_leaves_it_out() -> None:
     shapes = (8, 28, 28, 64), (3, 3, 64, 64)
     before = gpuconv.get_precision()
-    assert gpuconv.explain(*shapes, padding=1, device="cpu").choice["forward"] == "numpy_winograd"
+    assert "winograd" in gpuconv.explain(*shapes, padding=1, device="cpu").choice["forward"]
     try:
         gpuconv.set_precision("strict")
-        assert "numpy_winograd" not in gpuconv.explain(*shapes, device="cpu").choice.values()
-        with gpuconv.engine("numpy_winograd"), pytest.raises(gpuconv.EngineError, match="strict"):
-            gpuconv.conv2d(np.ones(shapes[0], "f4"), np.ones(shapes[1], "f4"))
+        choice = gpuconv.explain(*shapes, padding=1, device="cpu").choice
+        assert not any("winograd" in name for name in choice.values())
+        for engine in WINOGRAD:
+            if dispatch.get_engine(engine).unavailable():
+                continue
+            with gpuconv.engine(engine), pytest.raises(gpuconv.EngineError, match="strict"):
+                gpuconv.conv2d(np.ones(shapes[0], "f4"), np.ones(shapes[1], "f4"))
     finally:
         gpuconv.set_precision(before)
 
 
-def test_filters_beyond_the_workspace_are_refused(restored: None) -> None:
+@pytest.mark.parametrize("engine", WINOGRAD)
+def test_filters_beyond_the_workspace_are_refused(engine: str, restored: None) -> None:
+    available(engine)
     gpuconv.set_workspace_limit(2**21)
-    with gpuconv.engine("numpy_winograd"), pytest.raises(gpuconv.EngineError, match="workspace"):
+    with gpuconv.engine(engine), pytest.raises(gpuconv.EngineError, match="workspace"):
         gpuconv.conv2d(np.ones((1, 9, 9, 256), "f4"), np.ones((3, 3, 256, 256), "f4"))
+
+
+# ---------------------------------------------------------------------------------- compiled
+
+COMPILED = {
+    "rows and a rest": ((5, 13, 17, 20), (1, 1, 20, 70), {}),
+    "padding": ((2, 19, 23, 24), (3, 3, 24, 37), {"padding": ((2, 0), (1, 3))}),
+    "strided": ((2, 23, 25, 17), (3, 4, 17, 20), {"stride": (2, 3), "padding": 1}),
+    "few channels": ((3, 21, 19, 3), (5, 3, 3, 18), {"stride": (2, 1), "padding": (2, 1)}),
+    "few channels, dilated rows": ((2, 21, 19, 2), (3, 3, 2, 9), {"dilation": (2, 1)}),
+    "groups": ((2, 14, 15, 36), (3, 3, 12, 30), {"groups": 3, "padding": 1}),
+    "outside the image": ((1, 5, 6, 8), (3, 3, 8, 20), {"padding": 4, "dilation": (3, 1)}),
+    "long sums": ((1, 6, 5, 900), (1, 1, 900, 20), {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("engine", ["numba_direct", "numba_winograd"])
+def test_the_bits_do_not_depend_on_the_workers(engine: str, dtype: str, restored: None) -> None:
+    made = dispatch.get_engine(available(engine))
+    for xs, ws, options in COMPILED.values():
+        x, w = (RNG.standard_normal(s).astype(dtype) for s in (xs, ws))
+        want = reference(x.astype("f8"), w.astype("f8"), **options)
+        dy = RNG.standard_normal(want.shape).astype(dtype)
+        values = {k: _hashable(v) for k, v in options.items()}
+        problem = _plan(
+            2, xs, ws, dtype, values.get("stride", 1), values.get("padding", 0),
+            values.get("dilation", 1), values.get("groups", 1), "NHWC", None,
+        ).problem  # fmt: skip
+        if any(made.unsupported(problem, p) for p in PASSES):
+            continue
+        with gpuconv.engine("numpy_gemm"):
+            exact = gpuconv.conv2d_backward(
+                *(a.astype("f8") for a in (dy, x, w)), needs=("x", "w"), **options
+            )
+        found = []
+        for workers in (1, 2, 3):
+            gpuconv.set_num_threads(workers)
+            with gpuconv.engine(engine):
+                y = gpuconv.conv2d(x, w, **options)
+                dx, dw, _ = gpuconv.conv2d_backward(dy, x, w, needs=("x", "w"), **options)
+            found.append([y, dx, dw])
+        for results in found[1:]:
+            assert [a.tobytes() for a in results] == [a.tobytes() for a in found[0]]
+        for got, wanted in zip(found[0], (want, *exact[:2]), strict=True):
+            most = max(1.0, np.abs(wanted).max())
+            bound = {"float32": 2e-5, "float64": 1e-12}[dtype] * most * made.error_factor
+            np.testing.assert_allclose(got, wanted, atol=bound)
+
+
+def test_a_sum_in_front_of_a_relu_is_one_pass_with_the_same_result(restored: None) -> None:
+    """The compiled pass, and NumPy's where an array is not dense."""
+    from gpuconv.activations import get_activation
+    from gpuconv.engines.epilogue import output_grad
+
+    for dtype, shape in (("float32", (3, 31, 29, 19)), ("float64", (2, 5, 3, 1))):
+        dy, y = (RNG.standard_normal(shape).astype(dtype) for _ in range(2))
+        y[0, 0, 0], dy[0, 0, 1] = np.nan, np.inf
+        y = np.maximum(y, 0)
+        results = []
+        for workers, spread in ((1, False), (2, False), (2, True)):
+            gpuconv.set_num_threads(workers)
+            dz, db = np.empty_like(dy), np.empty(shape[-1], dtype)
+            other = np.repeat(y, 2, axis=-1)[..., ::2] if spread else y
+            with np.errstate(invalid="ignore"):
+                output_grad(dy, other, get_activation("ReLU"), dz, db)
+            results.append((dz, db))
+        for dz, db in results[1:]:
+            np.testing.assert_array_equal(dz, results[0][0])
+            np.testing.assert_allclose(db, results[0][1], rtol=1e-4, atol=1e-4)

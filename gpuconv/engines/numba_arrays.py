@@ -23,7 +23,6 @@ __all__ = [
     "copied_bytes",
     "finish",
     "in_parts",
-    "most_rows",
     "numba_missing",
     "swapped",
     "two_axes",
@@ -59,14 +58,6 @@ def vector_bytes() -> int:
     from gpuconv.engines.numba_tile import BYTES
 
     return BYTES
-
-
-@cache
-def most_rows() -> list[int]:
-    """Return the most rows of a tile by its number of vectors."""
-    from gpuconv.engines.numba_tile import MOST_ROWS
-
-    return [int(n) for n in MOST_ROWS]
 
 
 @lru_cache(maxsize=256)

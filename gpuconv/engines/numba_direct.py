@@ -35,7 +35,7 @@ from gpuconv.engines.numba_arrays import (
     up,
     vector_bytes,
 )
-from gpuconv.engines.numba_geometry import CHUNK, SUM_PIXELS, geometry, inside, tile_shares
+from gpuconv.engines.numba_geometry import CHUNK, SUM_PIXELS, geometry, inside
 from gpuconv.engines.rates import rates
 from gpuconv.engines.windows import Axis, forward_axes, input_grad_phases
 from gpuconv.problem import ConvProblem
@@ -314,16 +314,19 @@ def _outer_sums(problem: ConvProblem, x: Array, dz: Array, sums: Array) -> None:
     )  # fmt: skip
     columns = channel_blocks(width, vector_bytes() // size)
     strides = (channels * size, width * size, width * size)
-    shares = tile_shares(g, channels, width, size, workers)
+    line, blocks = int(g.taps[2]) * channels, len(columns)
+    by_blocks = blocks % workers == 0
     loop = _loops(x.dtype.name).outer_sums
 
     def work(_: int, share: range) -> None:
+        mine = share.start, share.stop
         segments = np.empty((min(g.sum_rows, g.rows), 3), np.int64)
         loop(
             x.ctypes.data + g.origin, dz.ctypes.data, sums.ctypes.data, g.steps, g.places, g.counts,
             g.taps, g.tap_steps, g.ranges_d, g.ranges_h, g.entries, channels, g.sum_rows, columns,
             problem.out_channels * size, strides, segments,
-            (0, g.rows, share.start, share.stop, 0, groups),
+            (0, g.rows, *(mine if by_blocks else (0, blocks)), 0, groups,
+             *((0, line) if by_blocks else mine)),
         )  # fmt: skip
 
-    run_shares(shares, work)
+    run_shares(tuple(threads.shares(blocks if by_blocks else line, workers)), work)

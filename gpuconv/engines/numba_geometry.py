@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from gpuconv.engines.numba_arrays import channel_blocks, most_rows, up, vector_bytes
+from gpuconv.engines.numba_arrays import up
 from gpuconv.engines.windows import Axis
 
-__all__ = ["CHUNK", "SUM_PIXELS", "Geometry", "geometry", "inside", "tile_shares"]
+__all__ = ["CHUNK", "SUM_PIXELS", "Geometry", "geometry", "inside"]
 
 Array = np.ndarray[Any, Any]
 
@@ -258,25 +258,3 @@ def _ranges(classes: list[tuple[int, int, int, int]], taps: int) -> Array:
         inside = [c for c in classes if c[2] <= t < c[3]]
         found.append((inside[0][0], inside[-1][1]) if inside else (0, 0))
     return np.array(found, np.int64)
-
-
-@lru_cache(maxsize=512)
-def tile_shares(
-    g: Geometry, channels: int, width: int, size: int, workers: int
-) -> tuple[range, ...]:
-    """Divide the tiles of the weight gradient, in the order of the loops, by their work."""
-    most = most_rows()
-    works: list[int] = []
-    for o, p in np.ndindex(int(g.taps[0]), int(g.taps[1])):
-        depths = int(g.ranges_d[o, 1] - g.ranges_d[o, 0])
-        for w0, w1, q0, q1, h0, h1 in g.entries.tolist():
-            rows = min(h1, int(g.ranges_h[p, 1])) - max(h0, int(g.ranges_h[p, 0]))
-            steps = max(0, rows) * depths * (w1 - w0)
-            height = (q1 - q0) * channels
-            for vectors in channel_blocks(width, vector_bytes() // size)[:, 0].tolist():
-                tiles = up(height, most[vectors])
-                works += [steps * vectors * height // tiles] * tiles
-    total = np.cumsum(works)
-    bounds = np.searchsorted(total, [total[-1] * k / workers for k in range(1, workers)])
-    cuts = [0, *(int(c) + 1 for c in bounds), len(works)]
-    return tuple(range(a, b) for a, b in zip(cuts, cuts[1:], strict=False) if a < b)

@@ -49,7 +49,8 @@ def compiled(real: str) -> Loops:
     #   columns         of every block of output channels: vectors, first vector, numbers in the
     #                   last vector
     #   group           bytes from one channel group to the next, in each of the arrays
-    #   share           first and last row over (n, d, h), block, group or piece
+    #   share           first and last row over (n, d, h), block and group; of the weight
+    #                   gradient also what of a row of taps and channels is this worker's
 
     @njit(**options)
     def correlate(
@@ -149,63 +150,54 @@ def compiled(real: str) -> Loops:
         step_n, step_d, step_h, step_w = steps
         place_n, place_d, place_h, place_w = places
         depths, heights = counts[1], counts[2]
-        first_row, last_row, first_piece, last_piece, first_group, last_group = share
+        first_row, last_row, first_block, last_block, first_group, last_group = share[:6]
+        first_line, last_line = share[6:]
         table = segments.ctypes.data
         for block_row in range(first_row, last_row, rows_at_once):
             stop = min(block_row + rows_at_once, last_row)
             for g in range(first_group, last_group):
-                piece = 0
                 for o in range(taps[0]):
                     for p in range(taps[1]):
                         for e in range(len(entries)):
                             w0, w1, q0, q1, h0, h1 = entries[e]
                             h0, h1 = max(h0, ranges_h[p, 0]), min(h1, ranges_h[p, 1])
+                            low = max(q0 * channels, first_line)
+                            high = min(q1 * channels, last_line)
+                            if low >= high:
+                                continue
                             count = 0
-                            height = (q1 - q0) * channels
-                            ready = False
-                            for block in range(len(columns)):
-                                vectors, first_vector, valid = columns[block]
-                                pieces = (height + most[vectors] - 1) // most[vectors]
-                                if piece + pieces <= first_piece or piece >= last_piece:
-                                    piece += pieces
+                            for row in range(block_row, stop):
+                                n, rest = row // (depths * heights), row % (depths * heights)
+                                d, h = rest // heights, rest % heights
+                                if d < ranges_d[o, 0] or d >= ranges_d[o, 1]:
                                     continue
-                                if not ready:
-                                    ready = True
-                                    for row in range(block_row, stop):
-                                        n, rest = (
-                                            row // (depths * heights),
-                                            row % (depths * heights),
-                                        )
-                                        d, h = rest // heights, rest % heights
-                                        if d < ranges_d[o, 0] or d >= ranges_d[o, 1]:
-                                            continue
-                                        if h < h0 or h >= h1:
-                                            continue
-                                        segments[count, 0] = (
-                                            n * step_n + d * step_d + h * step_h + w0 * step_w
-                                            + o * tap_steps[0] + p * tap_steps[1]
-                                            + q0 * tap_steps[2]
-                                        )  # fmt: skip
-                                        segments[count, 1] = (
-                                            n * place_n + d * place_d + h * place_h + w0 * place_w
-                                        )
-                                        segments[count, 2] = w1 - w0
-                                        count += 1
+                                if h < h0 or h >= h1:
+                                    continue
+                                segments[count, 0] = (
+                                    n * step_n + d * step_d + h * step_h + w0 * step_w
+                                    + o * tap_steps[0] + p * tap_steps[1] + q0 * tap_steps[2]
+                                )  # fmt: skip
+                                segments[count, 1] = (
+                                    n * place_n + d * place_d + h * place_h + w0 * place_w
+                                )
+                                segments[count, 2] = w1 - w0
+                                count += 1
+                            if count == 0:
+                                continue
+                            line = (o * taps[1] + p) * taps[2] * channels + low
+                            for block in range(first_block, last_block):
+                                vectors, first_vector, valid = columns[block]
                                 b = gradient + g * group[1] + first_vector * vector
-                                tap = (o * taps[1] + p) * taps[2] + q0
-                                c0 = sums + g * group[2] + first_vector * vector
-                                c0 += tap * channels * out_row
+                                to = sums + g * group[2] + line * out_row + first_vector * vector
+                                at = source + g * group[0] + (low - q0 * channels) * size
+                                pieces = (high - low + most[vectors] - 1) // most[vectors]
                                 i = 0
-                                for k in range(pieces):
-                                    end = height * (k + 1) // pieces
-                                    mine = first_piece <= piece < last_piece
-                                    piece += 1
-                                    a = source + g * group[0] + i * size
-                                    c = c0 + i * out_row
+                                for piece in range(pieces):
+                                    end = (high - low) * (piece + 1) // pieces
+                                    a = at + i * size
+                                    c = to + i * out_row
                                     m = end - i
                                     i = end
-                                    if count == 0 or not mine:
-                                        continue
                                     if vectors == 4:
                                         tile(real, "row", 4, m, a, size, step_w, b, place_w, 1,
                                              table, count, c, out_row, add, 0, 0, valid)  # fmt: skip

@@ -51,7 +51,9 @@ FEW_TILES = 48
 #: Bytes of filters that do not stay in a core's own cache.
 LARGE_FILTERS = 2_000_000
 #: Outputs of a tile by the taps of an axis.
-OUTPUTS = {1: 1, 2: 4, 3: 4, 4: 4, 5: 4, 7: 4}
+OUTPUTS = {1: 1, 3: 4, 5: 4, 7: 4}
+#: Each takes some seconds to compile when it is first met, so these are what networks have.
+KERNELS = {(3, 3), (5, 5), (1, 3), (3, 1), (1, 5), (5, 1), (1, 7), (7, 1)}
 
 
 @lru_cache(maxsize=256)
@@ -150,9 +152,7 @@ class NumbaWinograd(Engine):
             return f"it computes stride 1 and dilation 1, not {problem.stride}, {problem.dilation}"
         if problem.groups != 1:
             return f"it computes one group, not {problem.groups}"
-        wide = [k for k in problem.kernel if k > 1]
-        most = 3 if len(wide) == 2 and max(wide) == 3 else (5 if len(wide) == 2 else 7)
-        if problem.taps == 1 or not all(k in OUTPUTS and k <= most for k in problem.kernel):
+        if (1, *problem.kernel)[-2:] not in KERNELS:
             return f"it has no transform for a kernel of {problem.kernel}"
         if self.workspace(problem, pass_) > settings.get_workspace_limit():
             return "the filters' factors exceed the workspace limit"
