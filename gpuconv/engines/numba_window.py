@@ -1,0 +1,663 @@
+"""Windows over lines of channels, compiled: what stays in the registers, and the loops around it.
+
+Where a channel meets only itself, or the few of its group, the vectors of the processor run along
+the channels. Numba's loops do not keep a strip of outputs in registers by themselves, so three
+small functions are emitted as LLVM code with explicit vectors:
+
+*window*: eight neighbouring outputs (or four) of one vector of channels. Each input that they
+share is loaded once and meets all taps of a row, whose weights are registers, too. Within groups
+it meets them once for each channel of the group, which is spread over the group's lanes.
+
+*correlation*: the gradient of a row of taps, over a block of rows, in registers.
+
+*gradient line*: ``dy * act'`` into a buffer, and its sums.
+
+The loops around them stay Python, compiled by Numba; tables say which taps an output meets, so
+that no loop tests for the padding. Addresses are integers and distances bytes, whatever the
+arrays' strides; only channels must lie side by side. What is compiled is kept in ``__pycache__``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from llvmlite import binding, ir
+from numba import njit, types
+from numba.extending import intrinsic, register_jitable
+
+__all__ = ["LANES", "backward", "forward", "sums_at_once", "taps_at_once"]
+
+_FEATURES = dict(binding.get_host_cpu_features())
+#: Bytes of a vector register, and how many there are.
+BYTES, REGISTERS = (64, 32) if _FEATURES.get("avx512f") else (32 if _FEATURES.get("avx") else 16, 16)
+#: Numbers in a vector, by their size.
+LANES = {4: BYTES // 4, 8: BYTES // 8}
+#: Outputs of a strip.
+WIDE, NARROW = 8, 4
+#: Vectors that a single output at the border is computed in at a time.
+SPREAD = 4
+
+_i1, _i8, _i32, _i64 = (ir.IntType(n) for n in (1, 8, 32, 64))
+_REAL = {types.float32: (ir.FloatType(), 4), types.float64: (ir.DoubleType(), 8)}
+
+
+def taps_at_once(group: int) -> tuple[int, ...]:
+    """Return how many taps of a row are taken at a time: all of them if they are among these."""
+    return (7, 5, 4, 3, 2, 1) if group == 1 else (3, 1)
+
+
+def sums_at_once(group: int) -> tuple[int, ...]:
+    """Return how many taps of a row the weight gradient sums up at a time."""
+    return tuple(t for t in taps_at_once(group) if t * group <= 3 * REGISTERS // 4) or (1,)
+
+
+class _Writer:
+    """Writes one function: addresses in, vectors through, nothing out."""
+
+    def __init__(
+        self, module: ir.Module, name: str, arguments: str, real: Any, group: int, masked: bool
+    ) -> None:
+        self.scalar, self.size = _REAL[real]
+        self.width = BYTES // self.size
+        self.group, self.masked = group, masked
+        self.vector = ir.VectorType(self.scalar, self.width)
+        self.module = module
+        names = arguments.split()
+        self.function = ir.Function(
+            module, ir.FunctionType(ir.VoidType(), [_i64] * len(names)), name=name
+        )
+        self.function.linkage = "internal"
+        self.function.attributes.add("noinline")
+        self.arg = dict(zip(names, self.function.args, strict=True))
+        self.entry = self.function.append_basic_block("entry")
+        self.b = ir.IRBuilder(self.function.append_basic_block("body"))
+        self.zero = self.constant(0.0)
+        self.mask = None
+        if masked:
+            numbers = ir.VectorType(_i64, self.width)
+            lanes = ir.Constant(numbers, list(range(self.width)))
+            self.mask = self.b.icmp_signed("<", lanes, self.spread(self.arg["valid"], numbers))
+
+    def constant(self, value: float) -> Any:
+        return ir.Constant(self.vector, [ir.Constant(self.scalar, value)] * self.width)
+
+    def declared(self, symbol: str, result: Any, arguments: list[Any]) -> Any:
+        found = self.module.globals.get(symbol)
+        return found or ir.Function(self.module, ir.FunctionType(result, arguments), name=symbol)
+
+    def spread(self, value: Any, kind: Any) -> Any:
+        """Return a vector of one value."""
+        nothing = ir.Constant(kind, ir.Undefined)
+        one = self.b.insert_element(nothing, value, ir.Constant(_i32, 0))
+        order = ir.Constant(ir.VectorType(_i32, self.width), [0] * self.width)
+        return self.b.shuffle_vector(one, nothing, order)
+
+    def of_group(self, value: Any, channel: int) -> Any:
+        """Return the vector in which every lane holds this channel of its group."""
+        if self.group == 1:
+            return value
+        lanes = range(self.width)
+        order = [lane // self.group * self.group + channel % self.width for lane in lanes]
+        kind = ir.VectorType(_i32, self.width)
+        return self.b.shuffle_vector(value, value, ir.Constant(kind, order))
+
+    def span(self, channel: int) -> int:
+        """Return the bytes to the vector that holds this channel of a wide group."""
+        return channel // self.width * BYTES
+
+    def moved(self, address: Any, step: Any, times: int = 1) -> Any:
+        """Return the address some steps on: by pointers, whose sums LLVM leaves as they are."""
+        for _ in range(times):
+            address = self.b.gep(address, [step])
+        return address
+
+    def at(self, address: Any) -> Any:
+        return self.b.inttoptr(address, _i8.as_pointer())
+
+    def load(self, pointer: Any, offset: int = 0) -> Any:
+        place = self.vector_at(pointer, offset)
+        if self.masked:
+            load = self.declared(
+                f"llvm.masked.load.v{self.width}f{8 * self.size}.p0",
+                self.vector,
+                [self.vector.as_pointer(), _i32, self.mask.type, self.vector],  # type: ignore[attr-defined]
+            )
+            return self.b.call(load, [place, ir.Constant(_i32, self.size), self.mask, self.zero])
+        return self.b.load(place, align=self.size)
+
+    def store(self, value: Any, pointer: Any, offset: int = 0) -> None:
+        place = self.vector_at(pointer, offset)
+        if self.masked:
+            store = self.declared(
+                f"llvm.masked.store.v{self.width}f{8 * self.size}.p0",
+                ir.VoidType(),
+                [self.vector, self.vector.as_pointer(), _i32, self.mask.type],  # type: ignore[attr-defined]
+            )
+            self.b.call(store, [value, place, ir.Constant(_i32, self.size), self.mask])
+        else:
+            self.b.store(value, place, align=self.size)
+
+    def vector_at(self, pointer: Any, offset: int) -> Any:
+        if offset:
+            pointer = self.b.gep(pointer, [ir.Constant(_i64, offset)])
+        return self.b.bitcast(pointer, self.vector.as_pointer())
+
+    def fma(self, a: Any, b: Any, c: Any) -> Any:
+        name = f"llvm.fmuladd.v{self.width}f{8 * self.size}"
+        return self.b.call(self.declared(name, self.vector, [self.vector] * 3), [a, b, c])
+
+    def variable(self, value: Any) -> Any:
+        """Return a place that LLVM turns into registers."""
+        with self.b.goto_block(self.entry):
+            place = self.b.alloca(value.type)
+        self.b.store(value, place)
+        return place
+
+    @contextmanager
+    def repeat(self, count: Any) -> Iterator[None]:
+        """Write what is inside as a loop."""
+        left = self.variable(count)
+        test, body, after = (
+            self.function.append_basic_block(n) for n in ("test", "repeat", "after")
+        )
+        self.b.branch(test)
+        self.b.position_at_end(test)
+        now = self.b.load(left)
+        self.b.cbranch(self.b.icmp_signed(">", now, ir.Constant(_i64, 0)), body, after)
+        self.b.position_at_end(body)
+        self.b.store(self.b.sub(now, ir.Constant(_i64, 1)), left)
+        yield
+        self.b.branch(test)
+        self.b.position_at_end(after)
+
+    def advance(self, place: Any, step: Any, times: int = 1) -> None:
+        self.b.store(self.moved(self.b.load(place), step, times), place)
+
+    def done(self) -> ir.Function:
+        self.b.ret_void()
+        with self.b.goto_block(self.entry):
+            self.b.branch(self.function.blocks[1])
+        return self.function
+
+    def slope(self, address: Any) -> tuple[Any, Any]:
+        """Return the number at an address as a vector, and whether it is zero."""
+        pointer = self.b.inttoptr(address, self.scalar.as_pointer())
+        number = self.b.load(pointer, align=self.size)
+        zero = self.b.fcmp_ordered("==", number, ir.Constant(self.scalar, 0.0))
+        return self.spread(number, self.vector), self.spread(zero, ir.VectorType(_i1, self.width))
+
+
+def _window(
+    module: ir.Module, real: Any, group: int, masked: bool, columns: int, taps: int, ratio: int,
+    vectors: int = 1,
+) -> ir.Function:  # fmt: skip
+    """Return the function that computes a strip of outputs.
+
+    ``ratio`` is the step from output to output in steps from tap to tap, 0 for any.
+    """
+    kind, part = str(real), f"{'part' if masked else 'full'}"
+    name = f"gpuconv_window_{kind}_g{group}_{part}_{columns}x{taps}_by{ratio}_{vectors}"
+    found = module.globals.get(name)
+    if found is not None:
+        return found
+    write = _Writer(module, name, _WINDOW, real, group, masked)
+    b, arg = write.b, write.arg
+    bias = write.at(arg["bias"])
+    cells = [(j, u) for j in range(columns) for u in range(vectors)]
+    sums = {(j, u): write.variable(write.load(bias, u * BYTES)) for j, u in cells}
+    row_x, row_w = (write.variable(write.at(arg[k])) for k in ("x", "w"))
+    with write.repeat(arg["p_count"]):
+        at_x, at_w = (write.variable(b.load(place)) for place in (row_x, row_w))
+        with write.repeat(arg["q_count"]):
+            total = {cell: b.load(place) for cell, place in sums.items()}
+            tap_x, tap_w = b.load(at_x), b.load(at_w)
+            for channel in range(group):
+                span = write.span(channel)
+                weights = [
+                    [
+                        write.load(write.moved(tap_w, arg["w_q"], q), u * BYTES)
+                        for u in range(vectors)
+                    ]
+                    for q in range(taps)
+                ]
+                place = tap_x
+                for step in range(ratio * (columns - 1) + taps if ratio else taps):
+                    if ratio:
+                        meets = [
+                            (j, step - ratio * j)
+                            for j in range(columns)
+                            if 0 <= step - ratio * j < taps
+                        ]
+                        values = {0: write.of_group(write.load(place, span), channel)} if meets else {}
+                        for j, q in meets:
+                            total[j, 0] = write.fma(values[0], weights[q][0], total[j, 0])
+                    else:
+                        cell = place
+                        for j in range(columns):
+                            for u in range(vectors):
+                                value = write.load(cell, span + u * BYTES)
+                                total[j, u] = write.fma(
+                                    write.of_group(value, channel), weights[step][u], total[j, u]
+                                )
+                            cell = write.moved(cell, arg["x_step"])
+                    place = write.moved(place, arg["q_step"])
+                tap_w = write.moved(tap_w, arg["w_c"])
+            for cell, value in total.items():
+                b.store(value, sums[cell])
+            write.advance(at_x, arg["q_step"], taps)
+            write.advance(at_w, arg["w_q"], taps)
+        write.advance(row_x, arg["p_step"])
+        write.advance(row_w, arg["w_p"])
+    slope, rectify = write.slope(arg["slope"])
+    place = write.at(arg["y"])
+    for j in range(columns):
+        for u in range(vectors):
+            value = b.load(sums[j, u])
+            below = b.select(rectify, write.zero, b.fmul(value, slope))
+            negative = b.fcmp_ordered("<", value, write.zero)  # NaN stays NaN
+            write.store(b.select(negative, below, value), place, u * BYTES)
+        place = write.moved(place, arg["y_step"])
+    return write.done()
+
+
+_WINDOW = "x x_step p_step q_step p_count q_count w w_p w_q w_c y y_step bias slope valid"
+_CORRELATION = "x x_step x_row dz dz_step dz_row t_step rows columns dw dw_t dw_c valid"
+_LINE = "dy y dz db slope whole valid"
+
+
+def _correlation(
+    module: ir.Module, real: Any, group: int, masked: bool, taps: int, dense: bool
+) -> ir.Function:
+    """Return the function that adds the gradient of a row of taps up over rows and columns."""
+    part = f"{'part' if masked else 'full'}_{'dense' if dense else 'apart'}"
+    name = f"gpuconv_correlation_{real}_g{group}_{part}_{taps}"
+    found = module.globals.get(name)
+    if found is not None:
+        return found
+    write = _Writer(module, name, _CORRELATION, real, group, masked)
+    b, arg = write.b, write.arg
+    strip = 4 if group == 1 else 2
+    # Sums apart from each other, that a sum need not wait for the one before.
+    apart = max(1, min(strip, REGISTERS // 2 // (taps * group)))
+    keys = [(t, c, a) for t in range(taps) for c in range(group) for a in range(apart)]
+    sums = {key: write.variable(write.zero) for key in keys}
+    row_x, row_dz = (write.variable(write.at(arg[k])) for k in ("x", "dz"))
+
+    def columns(count: int) -> None:
+        total = {key: b.load(place) for key, place in sums.items()}
+        place, cell = b.load(at_dz), b.load(at_x)
+        seen: dict[int, Any] = {}
+        for j in range(count):
+            gradient = []
+            for t in range(taps):
+                if dense:
+                    if j + t not in seen:
+                        seen[j + t] = write.load(place)
+                        place = write.moved(place, arg["dz_step"])
+                    gradient.append(seen[j + t])
+                else:
+                    start = write.moved(b.load(at_dz), arg["dz_step"], j)
+                    gradient.append(write.load(write.moved(start, arg["t_step"], t)))
+            for c in range(group):
+                value = write.of_group(write.load(cell, write.span(c)), c)
+                for t in range(taps):
+                    key = (t, c, j % apart)
+                    total[key] = write.fma(value, gradient[t], total[key])
+            cell = write.moved(cell, arg["x_step"])
+        for key, value in total.items():
+            b.store(value, sums[key])
+        b.store(cell, at_x)
+        write.advance(at_dz, arg["dz_step"], count)
+
+    with write.repeat(arg["rows"]):
+        at_x, at_dz = (write.variable(b.load(place)) for place in (row_x, row_dz))
+        with write.repeat(b.sdiv(arg["columns"], ir.Constant(_i64, strip))):
+            columns(strip)
+        with write.repeat(b.srem(arg["columns"], ir.Constant(_i64, strip))):
+            columns(1)
+        write.advance(row_x, arg["x_row"])
+        write.advance(row_dz, arg["dz_row"])
+    place = write.at(arg["dw"])
+    for t in range(taps):
+        line = place
+        for c in range(group):
+            value = b.load(sums[t, c, 0])
+            for a in range(1, apart):
+                value = b.fadd(value, b.load(sums[t, c, a]))
+            write.store(b.fadd(value, write.load(line)), line)
+            line = write.moved(line, arg["dw_c"])
+        place = write.moved(place, arg["dw_t"])
+    return write.done()
+
+
+def _line(module: ir.Module, real: Any, masked: bool, behind: bool) -> ir.Function:
+    """Return the function that writes ``dy * act'(z)`` of a line, and adds it to a line of sums."""
+    name = f"gpuconv_line_{real}_{'part' if masked else 'full'}_{'behind' if behind else 'plain'}"
+    found = module.globals.get(name)
+    if found is not None:
+        return found
+    write = _Writer(module, name, _LINE, real, 1, masked)
+    b, arg = write.b, write.arg
+    places = {k: write.variable(write.at(arg[k])) for k in ("dy", "y", "dz", "db")}
+    slope, _ = write.slope(arg["slope"])
+    with write.repeat(arg["whole"]):
+        at = {k: b.load(place) for k, place in places.items()}
+        value = write.load(at["dy"])
+        if behind:
+            above = b.fcmp_ordered(">", write.load(at["y"]), write.zero)
+            value = b.fmul(value, b.select(above, write.constant(1.0), slope))
+        write.store(value, at["dz"])
+        write.store(b.fadd(value, write.load(at["db"])), at["db"])
+        for place in places.values():
+            write.advance(place, ir.Constant(_i64, BYTES))
+    return write.done()
+
+
+@register_jitable  # type: ignore[misc]
+def _number(first, taps, ratio, masked):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    """Return the number of a variant."""
+    return first * 64 + taps * 8 + ratio * 2 + masked
+
+
+def _windows(module: ir.Module, real: Any, group: int) -> dict[int, ir.Function]:
+    """Return every window function by its number."""
+    made = {}
+    for columns in (WIDE, NARROW):
+        for ratio in (1, 2):
+            for taps in taps_at_once(group):
+                key = _number(columns, taps, ratio, 0)
+                made[key] = _window(module, real, group, False, columns, taps, ratio)
+        for masked in (0, 1):
+            key = _number(columns, 1, 0, masked)
+            made[key] = _window(module, real, group, bool(masked), columns, 1, 0)
+    for masked in (0, 1):
+        made[_number(1, 1, 0, masked)] = _window(module, real, group, bool(masked), 1, 1, 0)
+    if group * real.bitwidth <= 8 * BYTES:
+        made[_number(0, 1, 0, 0)] = _window(module, real, group, False, 1, 1, 0, SPREAD)
+    return made
+
+
+def _correlations(module: ir.Module, real: Any, group: int) -> dict[int, ir.Function]:
+    """Return every correlation function by its number."""
+    return {
+        _number(dense, taps, 0, masked): _correlation(
+            module, real, group, bool(masked), taps, bool(dense)
+        )
+        for dense in (0, 1)
+        for taps in (sums_at_once(group) if dense else (1,))
+        for masked in (0, 1)
+    }
+
+
+def _lines(module: ir.Module, real: Any, group: int) -> dict[int, ir.Function]:
+    """Return every gradient line by its number."""
+    return {
+        _number(behind, 0, 0, masked): _line(module, real, bool(masked), bool(behind))
+        for behind in (0, 1)
+        for masked in (0, 1)
+    }
+
+
+def _intrinsic(arguments: str, variants: Callable[..., dict[int, Any]]) -> Any:
+    """Return what calls, from compiled Python, the variant of a number with its arguments."""
+    count = len(arguments.split())
+
+    @intrinsic  # type: ignore[misc]
+    def call(typing_context, kind, number, values):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+        signature = types.void(kind, types.int64, types.UniTuple(types.int64, count))
+
+        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+            made = variants(builder.module, kind.dtype, kind.count)
+            rest = [builder.extract_value(args[2], k) for k in range(count)]
+            done = builder.append_basic_block("done")
+            switch = builder.switch(args[1], done)
+            for key, function in made.items():
+                block = builder.append_basic_block(f"variant_{key}")
+                switch.add_case(ir.Constant(_i64, key), block)
+                builder.position_at_end(block)
+                builder.call(function, rest)
+                builder.branch(done)
+            builder.position_at_end(done)
+            return context.get_dummy_value()
+
+        return signature, codegen
+
+    return call
+
+
+window = _intrinsic(_WINDOW, _windows)
+correlation = _intrinsic(_CORRELATION, _correlations)
+line = _intrinsic(_LINE, _lines)
+
+# ------------------------------------------------------------------------------- the loops
+
+
+def _compiled(function: Any) -> Any:
+    """Return a function compiled when first called, kept on disk where there is a place for it."""
+    options = {"nogil": True, "boundscheck": False}
+    try:
+        return njit(cache=True, **options)(function)
+    except RuntimeError:  # nowhere to keep it
+        return njit(**options)(function)
+
+
+@_compiled
+def _rows(kind, size, channels, x, w, y, bias, slope, steps, rows, columns, first, last):  # type: ignore[no-untyped-def]
+    """Compute outputs ``first`` to ``last`` of the table of rows, all columns.
+
+    Arrays are given as the address of their first element and the distances of rows and columns
+    (of taps, for the weights, with that of a group's channels at last). See ``forward``.
+    """
+    x_start, x_row, x_column = x
+    w_start, w_row, w_column, w_channel = w
+    y_start, y_row, y_column = y
+    p_cells, q_cells, x_cells, y_cells, p_taps, q_taps = steps
+    line = channels * size
+    group = len(kind) * size
+    for i in range(first, last):
+        for k in range(len(columns)):
+            taps, ratio, count = columns[k, 4], columns[k, 5], columns[k, 6]
+            at_x = x_start + rows[i, 0] * x_row + columns[k, 0] * x_column
+            at_w = w_start + rows[i, 1] * w_row + columns[k, 1] * w_column
+            at_y = y_start + rows[i, 3] * y_row + columns[k, 3] * y_column
+            if line < BYTES:
+                taps, ratio = 1, 0
+            j = 0
+            while j < count:
+                # Strips overlap rather than be short: what is computed twice is the same.
+                left = count - j
+                if count < NARROW:
+                    strip, tap, by = 1, 1, 0
+                elif left >= WIDE or (count >= WIDE and left > NARROW):
+                    strip, tap, by = WIDE, taps, ratio
+                else:
+                    strip, tap, by = NARROW, taps, ratio
+                j = min(j, count - strip)
+                c = 0
+                while c < line:
+                    number, width = _number(strip, tap, by, 0), BYTES
+                    if line < BYTES:
+                        number = _number(strip, tap, by, 1)
+                    elif strip == 1 and group <= BYTES and line - c >= SPREAD * BYTES:
+                        number, width = _number(0, 1, 0, 0), SPREAD * BYTES
+                    else:
+                        c = min(c, line - BYTES)
+                    of_x = c // group * group if group > BYTES else c
+                    window(kind, number, (
+                        at_x + j * x_cells * x_column + of_x, x_cells * x_column,
+                        p_cells * x_row, q_cells * x_column, rows[i, 2], columns[k, 2] // tap,
+                        at_w + c, p_taps * w_row, q_taps * w_column, w_channel,
+                        at_y + j * y_cells * y_column + c, y_cells * y_column,
+                        bias + c, slope, channels,
+                    ))  # fmt: skip
+                    c += width
+                j += strip
+
+
+@_compiled
+def forward(kind, size, channels, x, w, y, bias, slope, steps, rows, columns, first, last):  # type: ignore[no-untyped-def]
+    """Compute outputs ``first`` to ``last``, counted over the rows of all images.
+
+    Parameters
+    ----------
+    kind : tuple
+        As many zeros of the arrays' dtype as a group has channels.
+    size, channels : int
+        Bytes of a number; channels.
+    x, y : tuple of int
+        Address; bytes from image to image, row to row, column to column.
+    w : tuple of int
+        Address; bytes from tap to tap along rows and columns, and from channel to channel of
+        a group.
+    bias, slope : int
+        Addresses: a number for each channel; what negative results are multiplied with.
+    steps : tuple of int
+        Rows and columns of ``x`` from tap to tap; columns of ``x`` and of ``y`` from output to
+        output; taps of ``w`` from tap to tap, along rows and columns.
+    rows : ndarray
+        For each row of outputs: first row of ``x``, first tap, number of taps, row of ``y``.
+    columns : ndarray
+        For each run of columns the same, and the taps to take at a time, the step of outputs
+        in steps of taps (0 for any), the number of outputs.
+    """
+    images = len(rows)
+    x_start, x_image, x_row, x_column = x
+    y_start, y_image, y_row, y_column = y
+    done = first
+    while done < last:
+        n, i = done // images, done % images
+        end = min(images, i + last - done)
+        _rows(
+            kind, size, channels, (x_start + n * x_image, x_row, x_column), w,
+            (y_start + n * y_image, y_row, y_column), bias, slope, steps, rows, columns, i, end,
+        )  # fmt: skip
+        done += end - i
+
+
+@_compiled
+def _gradients(kind, size, channels, dy, y, dz, db, repeats, slope, behind, columns, first, last):  # type: ignore[no-untyped-def]
+    """Write the gradient in front of the activation, rows ``first`` to ``last``, and its sums."""
+    dy_start, dy_row, dy_column = dy
+    y_start, y_row, y_column = y
+    dz_start, dz_row, dz_column = dz
+    lanes = BYTES // size
+    for i in range(first, last):
+        for j in range(0, columns, repeats):
+            numbers = min(repeats, columns - j) * channels
+            at_dy = dy_start + i * dy_row + j * dy_column
+            at_y = y_start + i * y_row + j * y_column
+            at_dz = dz_start + i * dz_row + j * dz_column
+            whole, rest = numbers // lanes, numbers % lanes
+            line(kind, _number(behind, 0, 0, 0), (at_dy, at_y, at_dz, db, slope, whole, 0))
+            if rest:
+                done = whole * BYTES
+                line(kind, _number(behind, 0, 0, 1), (
+                    at_dy + done, at_y + done, at_dz + done, db + done, slope, 1, rest,
+                ))  # fmt: skip
+
+
+@_compiled
+def _sums(kind, size, channels, x, dz, dw, steps, rows, columns, first, last):  # type: ignore[no-untyped-def]
+    """Add the weights' gradient of rows ``first`` to ``last`` of ``dz`` to ``dw``."""
+    x_start, x_row, x_column = x
+    dz_start, dz_row, dz_column = dz
+    dw_start, dw_row, dw_column, dw_channel = dw
+    row_step, column_step, q_cells, q_taps = steps
+    length = channels * size
+    group = len(kind) * size
+    masked = 1 if length < BYTES else 0
+    # The last vector begins earlier rather than be short; its sums lie in a place of their own.
+    for c in range(0, length, BYTES):
+        at_c = c if masked else min(c, length - BYTES)
+        of_x = at_c // group * group if group > BYTES else at_c
+        for p in range(len(rows)):
+            begin = max(0, first - rows[p, 1])
+            end = min(rows[p, 2], last - rows[p, 1])
+            if begin < end:
+                for k in range(len(columns)):
+                    m = columns[k, 2]
+                    correlation(kind, _number(columns[k, 6], columns[k, 5], 0, masked), (
+                        x_start + (rows[p, 0] + begin * row_step) * x_row
+                        + (columns[k, 0] + m * column_step) * x_column + of_x,
+                        column_step * x_column, row_step * x_row,
+                        dz_start + (begin + rows[p, 1]) * dz_row
+                        + (m + columns[k, 1]) * dz_column + at_c,
+                        dz_column, dz_row, q_cells * dz_column, end - begin, columns[k, 3] - m,
+                        dw_start + rows[p, 3] * dw_row + columns[k, 4] * dw_column + c,
+                        q_taps * dw_column, dw_channel, channels,
+                    ))  # fmt: skip
+
+
+@_compiled
+def backward(
+    kind, size, channels, dy, y, x, w, dx, dz, dw, db, nothing, repeats, numbers, behind, needs,
+    out_columns, part, steps, rows, columns, sum_steps, sum_rows, sum_columns, blocks, first, last,
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    """Compute the gradients of blocks ``first`` to ``last``, counted over all images.
+
+    Parameters
+    ----------
+    kind, size, channels
+        As for ``forward``.
+    dy, y, x, dx : tuple of int
+        Address; bytes from image to image, row to row, column to column.
+    w, dw : tuple of int
+        As for ``forward``; the weights with the channels of their groups exchanged, and the sums.
+    dz : tuple of int
+        Of the buffer of a block: address of its first row's first column that is no padding,
+        bytes from row to row and column to column.
+    db, nothing : int
+        Addresses of a line of ``repeats`` times the channels that gets the sums of ``dz``, and
+        of one for sums that nobody needs.
+    numbers : tuple of int
+        Addresses: a zero for each channel; the number 1; what the gradient is multiplied with
+        where ``y`` is not above 0.
+    behind : int
+        Whether ``dy`` is the gradient behind an activation.
+    needs : tuple of int
+        Whether ``dx`` and ``dw`` are wanted.
+    out_columns, part : int
+        Columns of ``dz``; the rows of it that stay in the first-level cache.
+    steps, rows, columns
+        As for ``forward``: how ``dx`` gathers from ``dz``.
+    sum_steps : tuple of int
+        Rows and columns of ``x`` from place to place; columns of ``dz`` and taps of ``dw`` from
+        tap to tap.
+    sum_rows : ndarray
+        For each tap along the rows: first row of ``x``, what to add to its number for that of
+        ``dz``, the number of rows, the tap of ``dw``.
+    sum_columns : ndarray
+        For each run of taps along the columns: first column of ``x``, what to add for that of
+        ``dz``, first and last place, first tap of ``dw``, taps, whether they lie side by side.
+    blocks : ndarray
+        For each block of an image: rows of ``dz``, rows of ``dx``, rows of ``dz`` that they need.
+    """
+    dz_start, dz_row, dz_column = dz
+    zeros, one, slope = numbers
+    for block in range(first, last):
+        n, k = block // len(blocks), block % len(blocks)
+        i0, i1, r0, r1 = blocks[k, 0], blocks[k, 1], blocks[k, 2], blocks[k, 3]
+        low, high = blocks[k, 4], blocks[k, 5]
+        dy_place = (dy[0] + n * dy[1], dy[2], dy[3])
+        y_place = (y[0] + n * y[1], y[2], y[3])
+        dz_place = (dz_start - low * dz_row, dz_row, dz_column)
+        for begin, end, sums in ((low, i0, nothing), (i0, i1, db), (i1, high, nothing)):
+            _gradients(
+                kind, size, channels, dy_place, y_place, dz_place, sums, repeats, slope, behind,
+                out_columns, begin, end,
+            )  # fmt: skip
+        if needs[0]:
+            dx_place = (dx[0] + n * dx[1], dx[2], dx[3])
+            _rows(
+                kind, size, channels, dz_place, w, dx_place, zeros, one, steps, rows, columns,
+                r0, r1,
+            )  # fmt: skip
+        if needs[1]:
+            x_place = (x[0] + n * x[1], x[2], x[3])
+            for i in range(i0, i1, part):
+                _sums(
+                    kind, size, channels, x_place, dz_place, dw, sum_steps, sum_rows, sum_columns,
+                    i, min(i1, i + part),
+                )  # fmt: skip
