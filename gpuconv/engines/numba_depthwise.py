@@ -174,7 +174,9 @@ class NumbaDepthwise(Engine):
         flat = plane(replace(problem, activation=None))
         dtype, group, channels = wide_dtype(problem.dtype), w.shape[-2], problem.out_channels
         source, target = (a if a.ndim == 4 else a[:, None] for a in (x, y))
-        gather = forward_gather(flat, run.taps_at_once(group))
+        few = channels < run.LANES[dtype.itemsize]
+        gather = forward_gather(flat, (1,) if few else run.taps_at_once(group))
+        zeros = np.zeros(max(256, 16 * dtype.itemsize), np.uint8)
         weights = np.ascontiguousarray(w, dtype).reshape(flat.w_shape)
         bias = np.zeros(channels, dtype) if b is None else np.ascontiguousarray(b, dtype)
         slope = _slope(problem.activation)
@@ -188,8 +190,8 @@ class NumbaDepthwise(Engine):
         def compute(x_place: Place, y_place: Place, first: int, last: int) -> None:
             run.forward(
                 _kind(dtype, group), dtype.itemsize, channels, x_place, _place(weights), y_place,
-                bias.ctypes.data, factor.ctypes.data, gather.steps, gather.rows, gather.columns,
-                first, last,
+                bias.ctypes.data, factor.ctypes.data, zeros.ctypes.data, gather.steps, gather.rows,
+                gather.columns, first, last,
             )  # fmt: skip
 
         def finish(n: int, i: int, end: int) -> None:
@@ -260,8 +262,10 @@ class NumbaDepthwise(Engine):
             weights = _exchanged(np.ascontiguousarray(w, dtype).reshape(flat.w_shape), group)
         finite = weights is None or bool(np.isfinite(weights).all())
         layout = _layout(flat, dtype.itemsize, dx is not None)
-        gather, _ = input_gather(flat, run.taps_at_once(group), padded=finite)
-        sums = weight_sums(flat, run.sums_at_once(group), padded=not exact)
+        few = channels < lanes
+        take = (1,) if few else run.taps_at_once(group)
+        gather, _ = input_gather(flat, take, padded=finite)
+        sums = weight_sums(flat, (1,) if few else run.sums_at_once(group), padded=not exact)
         job = _Backward(
             flat, problem.activation if y is not None else None, layout, gather, sums,
             _as_plane(dy), _as_plane(y), _as_plane(x), _as_plane(dx), weights, dw is not None,
@@ -364,7 +368,7 @@ class _Backward:
             dy, y, x, dx = places
             _compiled().backward(
                 _kind(dtype, group), dtype.itemsize, channels, dy, y, x, _place(self.weights), dx,
-                _place(dz)[1:] if False else (_place(dz)[0], *_place(dz)[2:]), _place(sum_w),
+                (dz.ctypes.data, *dz.strides[1:3]), _place(sum_w),
                 sum_b.ctypes.data, nothing.ctypes.data, repeats, (at, one, one + dtype.itemsize),
                 int(behind), (int(self.dx is not None), int(self.need_w)), columns, layout.part,
                 self.gather.steps, self.gather.rows, self.gather.columns, self.sums.steps,

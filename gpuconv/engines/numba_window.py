@@ -27,6 +27,8 @@ from llvmlite import binding, ir
 from numba import njit, types
 from numba.extending import intrinsic, register_jitable
 
+from gpuconv.engines.window_tables import APART, DENSE, EDGE, NARROW, WIDE
+
 __all__ = ["LANES", "backward", "forward", "sums_at_once", "taps_at_once"]
 
 _FEATURES = dict(binding.get_host_cpu_features())
@@ -34,8 +36,6 @@ _FEATURES = dict(binding.get_host_cpu_features())
 BYTES, REGISTERS = (64, 32) if _FEATURES.get("avx512f") else (32 if _FEATURES.get("avx") else 16, 16)
 #: Numbers in a vector, by their size.
 LANES = {4: BYTES // 4, 8: BYTES // 8}
-#: Outputs of a strip.
-WIDE, NARROW = 8, 4
 #: Vectors that a single output at the border is computed in at a time.
 SPREAD = 4
 
@@ -45,7 +45,7 @@ _REAL = {types.float32: (ir.FloatType(), 4), types.float64: (ir.DoubleType(), 8)
 
 def taps_at_once(group: int) -> tuple[int, ...]:
     """Return how many taps of a row are taken at a time: all of them if they are among these."""
-    return (7, 5, 4, 3, 2, 1) if group == 1 else (3, 1)
+    return (7, 5, 3, 2, 1) if group == 1 else (3, 1)
 
 
 def sums_at_once(group: int) -> tuple[int, ...]:
@@ -74,6 +74,8 @@ class _Writer:
         self.entry = self.function.append_basic_block("entry")
         self.b = ir.IRBuilder(self.function.append_basic_block("body"))
         self.zero = self.constant(0.0)
+        rolled = module.add_metadata([ir.MetaDataString(module, "llvm.loop.unroll.disable")])
+        self.once = module.add_metadata([rolled])
         self.mask = None
         if masked:
             numbers = ir.VectorType(_i64, self.width)
@@ -169,7 +171,8 @@ class _Writer:
         self.b.position_at_end(body)
         self.b.store(self.b.sub(now, ir.Constant(_i64, 1)), left)
         yield
-        self.b.branch(test)
+        # LLVM would unroll it, for nothing but longer compiling.
+        self.b.branch(test).set_metadata("llvm.loop", self.once)
         self.b.position_at_end(after)
 
     def advance(self, place: Any, step: Any, times: int = 1) -> None:
@@ -190,88 +193,118 @@ class _Writer:
 
 
 def _window(
-    module: ir.Module, real: Any, group: int, masked: bool, columns: int, taps: int, ratio: int,
+    module: ir.Module, real: Any, group: int, masked: bool, columns: int, taps: int, way: int,
     vectors: int = 1,
 ) -> ir.Function:  # fmt: skip
-    """Return the function that computes a strip of outputs.
-
-    ``ratio`` is the step from output to output in steps from tap to tap, 0 for any.
-    """
+    """Return the function that computes a strip of outputs, in one of the ways below."""
     kind, part = str(real), f"{'part' if masked else 'full'}"
-    name = f"gpuconv_window_{kind}_g{group}_{part}_{columns}x{taps}_by{ratio}_{vectors}"
+    name = f"gpuconv_window_{kind}_g{group}_{part}_{columns}x{taps}_{way}_{vectors}"
     found = module.globals.get(name)
     if found is not None:
         return found
     write = _Writer(module, name, _WINDOW, real, group, masked)
     b, arg = write.b, write.arg
-    bias = write.at(arg["bias"])
     cells = [(j, u) for j in range(columns) for u in range(vectors)]
-    sums = {(j, u): write.variable(write.load(bias, u * BYTES)) for j, u in cells}
-    row_x, row_w = (write.variable(write.at(arg[k])) for k in ("x", "w"))
-    with write.repeat(arg["p_count"]):
-        at_x, at_w = (write.variable(b.load(place)) for place in (row_x, row_w))
-        with write.repeat(arg["q_count"]):
-            total = {cell: b.load(place) for cell, place in sums.items()}
-            tap_x, tap_w = b.load(at_x), b.load(at_w)
-            for channel in range(group):
-                span = write.span(channel)
-                weights = [
-                    [
-                        write.load(write.moved(tap_w, arg["w_q"], q), u * BYTES)
-                        for u in range(vectors)
-                    ]
-                    for q in range(taps)
-                ]
-                place = tap_x
-                for step in range(ratio * (columns - 1) + taps if ratio else taps):
-                    if ratio:
-                        meets = [
-                            (j, step - ratio * j)
-                            for j in range(columns)
-                            if 0 <= step - ratio * j < taps
-                        ]
-                        values = {0: write.of_group(write.load(place, span), channel)} if meets else {}
-                        for j, q in meets:
-                            total[j, 0] = write.fma(values[0], weights[q][0], total[j, 0])
-                    else:
-                        cell = place
-                        for j in range(columns):
-                            for u in range(vectors):
-                                value = write.load(cell, span + u * BYTES)
-                                total[j, u] = write.fma(
-                                    write.of_group(value, channel), weights[step][u], total[j, u]
-                                )
-                            cell = write.moved(cell, arg["x_step"])
-                    place = write.moved(place, arg["q_step"])
-                tap_w = write.moved(tap_w, arg["w_c"])
-            for cell, value in total.items():
-                b.store(value, sums[cell])
-            write.advance(at_x, arg["q_step"], taps)
-            write.advance(at_w, arg["w_q"], taps)
-        write.advance(row_x, arg["p_step"])
-        write.advance(row_w, arg["w_p"])
-    slope, rectify = write.slope(arg["slope"])
-    place = write.at(arg["y"])
-    for j in range(columns):
-        for u in range(vectors):
-            value = b.load(sums[j, u])
-            below = b.select(rectify, write.zero, b.fmul(value, slope))
-            negative = b.fcmp_ordered("<", value, write.zero)  # NaN stays NaN
-            write.store(b.select(negative, below, value), place, u * BYTES)
-        place = write.moved(place, arg["y_step"])
+    begin = {k: write.variable(write.at(arg[k])) for k in ("x", "w", "y", "bias")}
+    with write.repeat(arg["count"]):
+        bias = b.load(begin["bias"])
+        sums = {(j, u): write.variable(write.load(bias, u * BYTES)) for j, u in cells}
+        row_x, row_w = (write.variable(b.load(begin[k])) for k in ("x", "w"))
+        with write.repeat(arg["p_count"]):
+            at_x, at_w = (write.variable(b.load(place)) for place in (row_x, row_w))
+            with write.repeat(arg["q_count"]):
+                total = {cell: b.load(place) for cell, place in sums.items()}
+                _meet(write, total, b.load(at_x), b.load(at_w), columns, taps, way, vectors)
+                for cell, value in total.items():
+                    b.store(value, sums[cell])
+                write.advance(at_x, arg["q_step"], taps)
+                write.advance(at_w, arg["w_q"], taps)
+            write.advance(row_x, arg["p_step"])
+            write.advance(row_w, arg["w_p"])
+        _finish(write, sums, b.load(begin["y"]))
+        for place in begin.values():
+            write.advance(place, ir.Constant(_i64, vectors * BYTES))
     return write.done()
 
 
-_WINDOW = "x x_step p_step q_step p_count q_count w w_p w_q w_c y y_step bias slope valid"
-_CORRELATION = "x x_step x_row dz dz_step dz_row t_step rows columns dw dw_t dw_c valid"
+def _meet(
+    write: _Writer, total: dict[tuple[int, int], Any], x: Any, w: Any, columns: int, taps: int,
+    way: int, vectors: int,
+) -> None:  # fmt: skip
+    """Write the products of some taps of a row with all inputs that they meet."""
+    b, arg = write.b, write.arg
+    zeros = write.at(arg["zeros"])
+    for channel in range(write.group):
+        span = write.span(channel)
+        weights = [
+            [write.load(write.moved(w, write.arg["w_q"], q), u * BYTES) for u in range(vectors)]
+            for q in range(taps)
+        ]
+        place = x
+        if way:
+            for step in range(columns - 1 + taps):
+                cell = place
+                if way == EDGE:
+                    number = ir.Constant(_i64, step)
+                    before = b.icmp_signed("<", number, arg["skip"])
+                    outside = b.or_(before, b.icmp_signed(">=", number, arg["stop"]))
+                    cell = b.select(outside, zeros, place)
+                value = write.of_group(write.load(cell, span), channel)
+                for j in range(max(0, step - taps + 1), min(columns, step + 1)):
+                    total[j, 0] = write.fma(value, weights[step - j][0], total[j, 0])
+                place = write.moved(place, arg["q_step"])
+        else:
+            for q in range(taps):
+                cell = place
+                for j in range(columns):
+                    for u in range(vectors):
+                        value = write.of_group(write.load(cell, span + u * BYTES), channel)
+                        total[j, u] = write.fma(value, weights[q][u], total[j, u])
+                    cell = write.moved(cell, write.arg["x_step"])
+                place = write.moved(place, write.arg["q_step"])
+        w = write.moved(w, write.arg["w_c"])
+
+
+def _finish(write: _Writer, sums: dict[tuple[int, int], Any], y: Any) -> None:
+    """Write the activation, and the results into memory."""
+    b, function = write.b, write.function
+    slope = b.inttoptr(write.arg["slope"], write.scalar.as_pointer())
+    factor = b.load(slope, align=write.size)
+    wide = write.spread(factor, write.vector)
+    plain, other, rectified, sloped, after = (
+        function.append_basic_block(n) for n in ("plain", "other", "rectified", "sloped", "stored")
+    )
+    is_one = b.fcmp_ordered("==", factor, ir.Constant(write.scalar, 1.0))
+    b.cbranch(is_one, plain, other)
+    b.position_at_end(other)
+    is_zero = b.fcmp_ordered("==", factor, ir.Constant(write.scalar, 0.0))
+    b.cbranch(is_zero, rectified, sloped)
+    for block in (plain, rectified, sloped):
+        b.position_at_end(block)
+        place, column = y, 0
+        for (j, u), variable in sums.items():
+            if j != column:
+                place, column = write.moved(place, write.arg["y_step"]), j
+            value = b.load(variable)
+            if block is not plain:
+                below = write.zero if block is rectified else b.fmul(value, wide)
+                negative = b.fcmp_ordered("<", value, write.zero)  # NaN stays NaN
+                value = b.select(negative, below, value)
+            write.store(value, place, u * BYTES)
+        b.branch(after)
+    b.position_at_end(after)
+
+
+_WINDOW = "count x x_step p_step q_step p_count q_count w w_p w_q w_c y y_step bias slope valid zeros skip stop"
+_CORRELATION = "x x_step x_row dz dz_step dz_row rows columns dw dw_t dw_c valid"
 _LINE = "dy y dz db slope whole valid"
 
 
 def _correlation(
-    module: ir.Module, real: Any, group: int, masked: bool, taps: int, dense: bool
+    module: ir.Module, real: Any, group: int, masked: bool, taps: int
 ) -> ir.Function:
     """Return the function that adds the gradient of a row of taps up over rows and columns."""
-    part = f"{'part' if masked else 'full'}_{'dense' if dense else 'apart'}"
+    part = "part" if masked else "full"
     name = f"gpuconv_correlation_{real}_g{group}_{part}_{taps}"
     found = module.globals.get(name)
     if found is not None:
@@ -292,14 +325,10 @@ def _correlation(
         for j in range(count):
             gradient = []
             for t in range(taps):
-                if dense:
-                    if j + t not in seen:
-                        seen[j + t] = write.load(place)
-                        place = write.moved(place, arg["dz_step"])
-                    gradient.append(seen[j + t])
-                else:
-                    start = write.moved(b.load(at_dz), arg["dz_step"], j)
-                    gradient.append(write.load(write.moved(start, arg["t_step"], t)))
+                if j + t not in seen:
+                    seen[j + t] = write.load(place)
+                    place = write.moved(place, arg["dz_step"])
+                gradient.append(seen[j + t])
             for c in range(group):
                 value = write.of_group(write.load(cell, write.span(c)), c)
                 for t in range(taps):
@@ -356,39 +385,36 @@ def _line(module: ir.Module, real: Any, masked: bool, behind: bool) -> ir.Functi
 
 
 @register_jitable  # type: ignore[misc]
-def _number(first, taps, ratio, masked):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+def _number(columns, taps, way, masked):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
     """Return the number of a variant."""
-    return first * 64 + taps * 8 + ratio * 2 + masked
+    return columns * 64 + taps * 8 + way * 2 + masked
 
 
 def _windows(module: ir.Module, real: Any, group: int) -> dict[int, ir.Function]:
     """Return every window function by its number."""
     made = {}
     for columns in (WIDE, NARROW):
-        for ratio in (1, 2):
-            for taps in taps_at_once(group):
-                key = _number(columns, taps, ratio, 0)
-                made[key] = _window(module, real, group, False, columns, taps, ratio)
+        for taps in taps_at_once(group):
+            for way in (DENSE, EDGE) if taps > 1 else (DENSE,):
+                key = _number(columns, taps, way, 0)
+                made[key] = _window(module, real, group, False, columns, taps, way)
+    for columns in (WIDE, NARROW, 1):
         for masked in (0, 1):
-            key = _number(columns, 1, 0, masked)
-            made[key] = _window(module, real, group, bool(masked), columns, 1, 0)
-    for masked in (0, 1):
-        made[_number(1, 1, 0, masked)] = _window(module, real, group, bool(masked), 1, 1, 0)
+            key = _number(columns, 1, APART, masked)
+            made[key] = _window(module, real, group, bool(masked), columns, 1, APART)
     if group * real.bitwidth <= 8 * BYTES:
-        made[_number(0, 1, 0, 0)] = _window(module, real, group, False, 1, 1, 0, SPREAD)
+        made[_number(0, 1, APART, 0)] = _window(module, real, group, False, 1, 1, APART, SPREAD)
     return made
 
 
 def _correlations(module: ir.Module, real: Any, group: int) -> dict[int, ir.Function]:
     """Return every correlation function by its number."""
-    return {
-        _number(dense, taps, 0, masked): _correlation(
-            module, real, group, bool(masked), taps, bool(dense)
-        )
-        for dense in (0, 1)
-        for taps in (sums_at_once(group) if dense else (1,))
-        for masked in (0, 1)
+    made = {
+        _number(0, taps, 0, 0): _correlation(module, real, group, False, taps)
+        for taps in sums_at_once(group)
     }
+    made[_number(0, 1, 0, 1)] = _correlation(module, real, group, True, 1)
+    return made
 
 
 def _lines(module: ir.Module, real: Any, group: int) -> dict[int, ir.Function]:
@@ -444,7 +470,7 @@ def _compiled(function: Any) -> Any:
 
 
 @_compiled
-def _rows(kind, size, channels, x, w, y, bias, slope, steps, rows, columns, first, last):  # type: ignore[no-untyped-def]
+def _rows(kind, size, channels, x, w, y, bias, slope, zeros, steps, rows, columns, first, last):  # type: ignore[no-untyped-def]
     """Compute outputs ``first`` to ``last`` of the table of rows, all columns.
 
     Arrays are given as the address of their first element and the distances of rows and columns
@@ -453,51 +479,57 @@ def _rows(kind, size, channels, x, w, y, bias, slope, steps, rows, columns, firs
     x_start, x_row, x_column = x
     w_start, w_row, w_column, w_channel = w
     y_start, y_row, y_column = y
-    p_cells, q_cells, x_cells, y_cells, p_taps, q_taps = steps
+    p_cells, q_cells, x_cells, y_cells, p_taps, q_taps, cells = steps
     line = channels * size
     group = len(kind) * size
     for i in range(first, last):
         for k in range(len(columns)):
-            taps, ratio, count = columns[k, 4], columns[k, 5], columns[k, 6]
+            taps, way, count = columns[k, 4], columns[k, 5], columns[k, 6]
             at_x = x_start + rows[i, 0] * x_row + columns[k, 0] * x_column
             at_w = w_start + rows[i, 1] * w_row + columns[k, 1] * w_column
             at_y = y_start + rows[i, 3] * y_row + columns[k, 3] * y_column
-            if line < BYTES:
-                taps, ratio = 1, 0
             j = 0
             while j < count:
                 # Strips overlap rather than be short: what is computed twice is the same.
                 left = count - j
                 if count < NARROW:
-                    strip, tap, by = 1, 1, 0
+                    strip, tap, how = 1, 1, APART
                 elif left >= WIDE or (count >= WIDE and left > NARROW):
-                    strip, tap, by = WIDE, taps, ratio
+                    strip, tap, how = WIDE, taps, way
                 else:
-                    strip, tap, by = NARROW, taps, ratio
+                    strip, tap, how = NARROW, taps, way
                 j = min(j, count - strip)
+                skip = -(columns[k, 0] + j)
+                stop = cells + skip
+                if how == EDGE and skip <= 0 and stop >= strip + tap - 1:
+                    how = DENSE
                 c = 0
                 while c < line:
-                    number, width = _number(strip, tap, by, 0), BYTES
+                    number, width = _number(strip, tap, how, 0), BYTES
+                    vectors = (line - c) // BYTES
                     if line < BYTES:
-                        number = _number(strip, tap, by, 1)
-                    elif strip == 1 and group <= BYTES and line - c >= SPREAD * BYTES:
-                        number, width = _number(0, 1, 0, 0), SPREAD * BYTES
-                    else:
-                        c = min(c, line - BYTES)
+                        number, vectors = _number(strip, tap, how, 1), 1
+                    elif group > BYTES:
+                        vectors = 1
+                    elif vectors == 0:  # the last begins earlier rather than be short
+                        c, vectors = line - BYTES, 1
+                    elif strip == 1 and vectors >= SPREAD:
+                        number, width = _number(0, 1, APART, 0), SPREAD * BYTES
+                        vectors //= SPREAD
                     of_x = c // group * group if group > BYTES else c
                     window(kind, number, (
-                        at_x + j * x_cells * x_column + of_x, x_cells * x_column,
+                        vectors, at_x + j * x_cells * x_column + of_x, x_cells * x_column,
                         p_cells * x_row, q_cells * x_column, rows[i, 2], columns[k, 2] // tap,
                         at_w + c, p_taps * w_row, q_taps * w_column, w_channel,
                         at_y + j * y_cells * y_column + c, y_cells * y_column,
-                        bias + c, slope, channels,
+                        bias + c, slope, channels, zeros, skip, stop,
                     ))  # fmt: skip
-                    c += width
+                    c += vectors * width
                 j += strip
 
 
 @_compiled
-def forward(kind, size, channels, x, w, y, bias, slope, steps, rows, columns, first, last):  # type: ignore[no-untyped-def]
+def forward(kind, size, channels, x, w, y, bias, slope, zeros, steps, rows, columns, first, last):  # type: ignore[no-untyped-def]
     """Compute outputs ``first`` to ``last``, counted over the rows of all images.
 
     Parameters
@@ -511,16 +543,17 @@ def forward(kind, size, channels, x, w, y, bias, slope, steps, rows, columns, fi
     w : tuple of int
         Address; bytes from tap to tap along rows and columns, and from channel to channel of
         a group.
-    bias, slope : int
-        Addresses: a number for each channel; what negative results are multiplied with.
+    bias, slope, zeros : int
+        Addresses: a number for each channel; what negative results are multiplied with; as many
+        zeros as two vectors or a group hold.
     steps : tuple of int
         Rows and columns of ``x`` from tap to tap; columns of ``x`` and of ``y`` from output to
-        output; taps of ``w`` from tap to tap, along rows and columns.
+        output; taps of ``w`` from tap to tap, along rows and columns; the columns that ``x`` has.
     rows : ndarray
         For each row of outputs: first row of ``x``, first tap, number of taps, row of ``y``.
     columns : ndarray
-        For each run of columns the same, and the taps to take at a time, the step of outputs
-        in steps of taps (0 for any), the number of outputs.
+        For each run of columns the same, and the taps to take at a time, how inputs lie (APART,
+        DENSE, EDGE), the number of outputs.
     """
     images = len(rows)
     x_start, x_image, x_row, x_column = x
@@ -531,7 +564,7 @@ def forward(kind, size, channels, x, w, y, bias, slope, steps, rows, columns, fi
         end = min(images, i + last - done)
         _rows(
             kind, size, channels, (x_start + n * x_image, x_row, x_column), w,
-            (y_start + n * y_image, y_row, y_column), bias, slope, steps, rows, columns, i, end,
+            (y_start + n * y_image, y_row, y_column), bias, slope, zeros, steps, rows, columns, i, end,
         )  # fmt: skip
         done += end - i
 
@@ -564,7 +597,7 @@ def _sums(kind, size, channels, x, dz, dw, steps, rows, columns, first, last):  
     x_start, x_row, x_column = x
     dz_start, dz_row, dz_column = dz
     dw_start, dw_row, dw_column, dw_channel = dw
-    row_step, column_step, q_cells, q_taps = steps
+    row_step, column_step, q_taps = steps
     length = channels * size
     group = len(kind) * size
     masked = 1 if length < BYTES else 0
@@ -578,13 +611,13 @@ def _sums(kind, size, channels, x, dz, dw, steps, rows, columns, first, last):  
             if begin < end:
                 for k in range(len(columns)):
                     m = columns[k, 2]
-                    correlation(kind, _number(columns[k, 6], columns[k, 5], 0, masked), (
+                    correlation(kind, _number(0, columns[k, 5], 0, masked), (
                         x_start + (rows[p, 0] + begin * row_step) * x_row
                         + (columns[k, 0] + m * column_step) * x_column + of_x,
                         column_step * x_column, row_step * x_row,
                         dz_start + (begin + rows[p, 1]) * dz_row
                         + (m + columns[k, 1]) * dz_column + at_c,
-                        dz_column, dz_row, q_cells * dz_column, end - begin, columns[k, 3] - m,
+                        dz_column, dz_row, end - begin, columns[k, 3] - m,
                         dw_start + rows[p, 3] * dw_row + columns[k, 4] * dw_column + c,
                         q_taps * dw_column, dw_channel, channels,
                     ))  # fmt: skip
@@ -623,14 +656,13 @@ def backward(
     steps, rows, columns
         As for ``forward``: how ``dx`` gathers from ``dz``.
     sum_steps : tuple of int
-        Rows and columns of ``x`` from place to place; columns of ``dz`` and taps of ``dw`` from
-        tap to tap.
+        Rows and columns of ``x`` from place to place; taps of ``dw`` from tap to tap.
     sum_rows : ndarray
         For each tap along the rows: first row of ``x``, what to add to its number for that of
         ``dz``, the number of rows, the tap of ``dw``.
     sum_columns : ndarray
         For each run of taps along the columns: first column of ``x``, what to add for that of
-        ``dz``, first and last place, first tap of ``dw``, taps, whether they lie side by side.
+        ``dz``, first and last place, first tap of ``dw``, taps.
     blocks : ndarray
         For each block of an image: rows of ``dz``, rows of ``dx``, rows of ``dz`` that they need.
     """
@@ -651,8 +683,8 @@ def backward(
         if needs[0]:
             dx_place = (dx[0] + n * dx[1], dx[2], dx[3])
             _rows(
-                kind, size, channels, dz_place, w, dx_place, zeros, one, steps, rows, columns,
-                r0, r1,
+                kind, size, channels, dz_place, w, dx_place, zeros, one, zeros, steps, rows,
+                columns, r0, r1,
             )  # fmt: skip
         if needs[1]:
             x_place = (x[0] + n * x[1], x[2], x[3])

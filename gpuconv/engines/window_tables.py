@@ -20,6 +20,12 @@ __all__ = ["Gather", "Sums", "blocks_of", "forward_gather", "input_gather", "pla
 
 Array = np.ndarray[Any, Any]
 
+#: How the inputs of a strip lie: each output has its own; a step from tap to tap is one from output
+#: to output, so that most are shared; the same, and some lie outside, where there are zeros.
+APART, DENSE, EDGE = 0, 1, 2
+#: Outputs of a strip.
+WIDE, NARROW = 8, 4
+
 
 @dataclass(frozen=True)
 class Gather:
@@ -84,16 +90,15 @@ def _runs(axis: Axis, take: tuple[int, ...], padded: bool) -> list[tuple[int, ..
     With ``padded`` the source has zeros on both sides, and all outputs are one run.
     """
     whole = [(axis.start, 0, axis.taps, 0)]
-    ratio = axis.stride // axis.dilation if axis.stride % axis.dilation == 0 else 0
-    ratio = ratio if ratio in (1, 2) else 0
+    dense = axis.stride == axis.dilation
     found: list[tuple[int, ...]] = []
     for line in whole if padded else _lines(axis):
-        count = axis.count if padded else 1
         if found and found[-1][1:3] == line[1:3]:
             found[-1] = (*found[-1][:6], found[-1][6] + 1)
             continue
-        at_once = next(t for t in take if line[2] % t == 0) if ratio and line[2] else 1
-        found.append((*line, at_once, ratio, count))
+        at_once = next(t for t in take if line[2] % t == 0) if dense and line[2] else 1
+        way = DENSE if dense and 1 in take and len(take) > 1 else APART
+        found.append((*line, at_once, way, axis.count if padded else 1))
     return found
 
 
@@ -113,8 +118,15 @@ def forward_gather(problem: ConvProblem, take: tuple[int, ...]) -> Gather:
         Numbers of taps that are taken at a time, falling to 1.
     """
     rows, columns = forward_axes(problem)
-    steps = (rows.dilation, columns.dilation, columns.stride, 1, 1, 1)
-    return Gather(steps, _table(list(_lines(rows)), 4), _table(_runs(columns, take, False), 7))
+    steps = (rows.dilation, columns.dilation, columns.stride, 1, 1, 1, columns.size)
+    # Where strips may read zeros beside the rows, no output needs a line of its own.
+    edges = columns.stride == columns.dilation == 1 < columns.taps and columns.taps in take
+    runs = _runs(columns, take, padded=edges)
+    if edges:
+        runs = [(*run[:5], EDGE, run[6]) for run in runs]
+    if edges and columns.count < NARROW:
+        runs = _runs(columns, take, padded=False)
+    return Gather(steps, _table(list(_lines(rows)), 4), _table(runs, 7))
 
 
 def _phases(problem: ConvProblem, k: int) -> list[tuple[Axis | None, slice, slice]]:
@@ -169,7 +181,7 @@ def input_gather(
         for cell, first, count, output, *rest in _runs(axis, take, padded):
             place = cells.start + output * problem.stride[1]
             columns.append((cell, taps.start - first * q_taps, count, place, *rest))
-    steps = (p_cells, q_cells, 1, problem.stride[1], -p_taps, -q_taps)
+    steps = (p_cells, q_cells, 1, problem.stride[1], -p_taps, -q_taps, problem.out_shape[1])
     table = _table([rows[k] for k in range(problem.in_shape[0])], 4)
     return Gather(steps, table, _table(columns, 7)), (before, after)
 
@@ -181,7 +193,7 @@ def weight_sums(problem: ConvProblem, take: tuple[int, ...], padded: bool) -> Su
     With ``padded`` rows of ``dz`` lie between zeros, and the taps of a row share their places;
     otherwise each tap has its own, and meets nothing but what the definition says.
     """
-    (_, p_taps), (q_cells, q_taps) = _apart(problem, 0), _apart(problem, 1)
+    (_, p_taps), (_, q_taps) = _apart(problem, 0), _apart(problem, 1)
     rows: list[tuple[int, ...]] = []
     for axis, cells, taps in _phases(problem, 0):
         if axis is not None:
@@ -203,13 +215,12 @@ def weight_sums(problem: ConvProblem, take: tuple[int, ...], padded: bool) -> Su
                 )
             if not padded:
                 begin, end = max(0, -move), min(axis.count, axis.size - move)
-            dense = int(axis.dilation == 1)
             tap = taps.start - t * q_taps
             if begin < end:
-                columns.append((cells.start, move, begin, end, tap, at_once, dense))
+                columns.append((cells.start, move, begin, end, tap, at_once))
             t += at_once
-    steps = (problem.stride[0], problem.stride[1], q_cells, -q_taps)
-    return Sums(steps, _table(rows, 4), _table(columns, 7))
+    steps = (problem.stride[0], problem.stride[1], -q_taps)
+    return Sums(steps, _table(rows, 4), _table(columns, 6))
 
 
 @lru_cache(maxsize=1024)
