@@ -146,6 +146,15 @@ class _Writer:
             pointer = self.b.gep(pointer, [ir.Constant(_i64, offset)])
         return self.b.bitcast(pointer, self.vector.as_pointer())
 
+    def fetch(self, pointer: Any, step: Any, count: int) -> None:
+        """Ask for lines of the next strip of the row that nothing has read yet."""
+        numbers = [ir.Constant(_i32, n) for n in (0, 3, 1)]
+        place = [_i8.as_pointer(), _i32, _i32, _i32]
+        fetch = self.declared("llvm.prefetch.p0", ir.VoidType(), place)
+        for _ in range(count):
+            self.b.call(fetch, [pointer, *numbers])
+            pointer = self.moved(pointer, step)
+
     def fma(self, a: Any, b: Any, c: Any) -> Any:
         name = f"llvm.fmuladd.v{self.width}f{8 * self.size}"
         return self.b.call(self.declared(name, self.vector, [self.vector] * 3), [a, b, c])
@@ -221,6 +230,9 @@ def _window(
                 write.advance(at_w, arg["w_q"], taps)
             write.advance(row_x, arg["p_step"])
             write.advance(row_w, arg["w_p"])
+        if columns == WIDE:
+            last = write.moved(b.load(row_x), b.neg(arg["p_step"]))
+            write.fetch(write.moved(last, arg["x_step"], columns), arg["x_step"], columns)
         _finish(write, sums, b.load(begin["y"]))
         for place in begin.values():
             write.advance(place, ir.Constant(_i64, vectors * BYTES))
