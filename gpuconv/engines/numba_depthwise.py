@@ -8,7 +8,7 @@ NumPy engines; Numba's own threads are not used.
 The forward pass reads ``x`` and writes ``y``, bias and activation included, and that is all it
 does to memory. The backward pass goes through blocks of rows: ``dy`` behind the activation becomes
 ``dz`` in a buffer that stays in the cache, between zeros; ``dx`` gathers from it, and the gradients
-of weights and bias sum it up. The loops are :mod:`gpuconv.engines.numba_window`'s. What they cannot
+of weights and bias sum it up. The loops are :mod:`gpuconv.engines.numba_loops`'s. What they cannot
 read as it lies (channels first, float16), and activations other than ReLU and its kind, go
 through NumPy a block at a time.
 
@@ -57,6 +57,8 @@ GROUPS = (1, 2, 4, 8, 16)
 BLOCK = 384 * 1024
 #: Bytes of the lines of one vector of channels that the weight gradient goes through at a time.
 PART = 24 * 1024
+#: How often a worker looks for the others' end before it sleeps: a tenth of a millisecond or two.
+SPINS = 20_000
 #: Numbers in a line of sums for the bias.
 LINE = 1024
 
@@ -64,9 +66,9 @@ LINE = 1024
 @cache
 def _compiled() -> ModuleType:
     """Return the compiled loops; Numba is imported here."""
-    from gpuconv.engines import numba_window
+    from gpuconv.engines import numba_loops
 
-    return numba_window
+    return numba_loops
 
 
 @cache
@@ -77,6 +79,11 @@ def _kind(dtype: np.dtype[Any], group: int) -> tuple[Any, ...]:
 
 def _workers(problem: ConvProblem) -> int:
     return worker_count(problem.flops / 2)
+
+
+def _count(total: int, workers: int) -> int:
+    """Return how many shares workers take from one another's hands."""
+    return 1 if workers == 1 else min(total, 8 * workers)
 
 
 def _slope(activation: Activation | None) -> float | None:
@@ -153,10 +160,18 @@ class NumbaDepthwise(Engine):
         return None
 
     def cost(self, problem: ConvProblem, pass_: Pass) -> float:
-        """Return the predicted time."""
-        rate = rates()
-        seconds = problem.flops / (0.3 * rate.product(wide_dtype(problem.dtype).itemsize))
-        return 3e-5 + (seconds + problem.bytes / rate.copy) / _workers(problem)
+        """Return the predicted time: products by whole vectors, and a way through memory."""
+        rate, size = rates(), wide_dtype(problem.dtype).itemsize
+        lanes = 64 // size
+        filled = -(-problem.in_channels // lanes) * lanes / problem.in_channels
+        # Strips share inputs where outputs lie as close as taps; else each has its own.
+        reads = 1.0 if problem.stride[-1] == problem.dilation[-1] else 1.5
+        seconds = filled * reads * problem.flops / (0.5 * rate.product(size))
+        copies = 1.5
+        if problem.layout == "channels_first" or problem.itemsize < size:
+            copies += 6.0  # by NumPy, into blocks and out
+        seconds += copies * problem.bytes / rate.copy
+        return 3e-5 + seconds / _workers(problem)
 
     def workspace(self, problem: ConvProblem, pass_: Pass) -> int:
         """Return the bytes of buffers, all workers together."""
@@ -185,13 +200,19 @@ class NumbaDepthwise(Engine):
         rows = flat.out_shape[0]
         native = act is None and _is_native(source, dtype) and _is_native(target, dtype)
         step = max(1, BLOCK // (flat.out_shape[1] * channels * dtype.itemsize))
-        shares = threads.shares(flat.batch * rows, _workers(problem))
+        total = flat.batch * rows
+        workers = _workers(problem)
+        shares = threads.shares(total, workers)
 
-        def compute(x_place: Place, y_place: Place, first: int, last: int) -> None:
+        def compute(
+            x_place: Place, y_place: Place, first: int, last: int, count: int = 1,
+            counters: Array | None = None, spins: int = 0,
+        ) -> None:  # fmt: skip
+            counters = np.zeros(2, np.int64) if counters is None else counters
             run.forward(
                 _kind(dtype, group), dtype.itemsize, channels, x_place, _place(weights), y_place,
                 bias.ctypes.data, factor.ctypes.data, zeros.ctypes.data, gather.steps, gather.rows,
-                gather.columns, first, last,
+                gather.columns, first, last, count, counters.ctypes.data, spins,
             )  # fmt: skip
 
         def finish(n: int, i: int, end: int) -> None:
@@ -213,9 +234,6 @@ class NumbaDepthwise(Engine):
 
         def work(k: int) -> None:
             first, last = shares[k].start, shares[k].stop
-            if native:
-                compute(_place(source), _place(target), first, last)
-                return
             with np.errstate(all="ignore"):  # NaN and Inf travel on without a word
                 while first < last:
                     n, i = divmod(first, rows)
@@ -223,7 +241,16 @@ class NumbaDepthwise(Engine):
                     finish(n, i, end)
                     first += end - i
 
-        threads.run(work, len(shares))
+        if not native:
+            threads.run(work, len(shares))
+            return
+        counters, count = np.zeros(2, np.int64), _count(total, workers)
+        places = _place(source), _place(target)
+
+        def take(first: bool) -> None:
+            compute(*places, 0, total, count, counters, SPINS if first else 0)
+
+        threads.together(take, workers, lambda: bool(counters[1] == count))
 
     def input_grad(self, problem: ConvProblem, dz: Array, w: Array, dx: Array) -> None:
         """Write the gradient with respect to ``x`` into ``dx``."""
@@ -268,21 +295,10 @@ class NumbaDepthwise(Engine):
         sums = weight_sums(flat, (1,) if few else run.sums_at_once(group), padded=not exact)
         job = _Backward(
             flat, problem.activation if y is not None else None, layout, gather, sums,
-            _as_plane(dy), _as_plane(y), _as_plane(x), _as_plane(dx), weights, dw is not None,
+            dy if dy.ndim == 4 else dy[:, None], _as_plane(y), _as_plane(x), _as_plane(dx), weights, dw is not None,
             -(-channels // lanes) * lanes,
         )  # fmt: skip
-        shares = threads.shares(flat.batch * len(layout.blocks), _workers(problem))
-        found: list[tuple[Array, Array]] = [(dy, dy)] * len(shares)
-
-        def work(k: int) -> None:
-            with np.errstate(all="ignore"):  # NaN and Inf travel on without a word
-                found[k] = job.run(shares[k])
-
-        threads.run(work, len(shares))
-        (sum_w, sum_b), *others = found
-        for other_w, other_b in others:
-            sum_w += other_w
-            sum_b += other_b
+        sum_w, sum_b = job.run(_workers(problem))
         if db is not None:
             db[...] = sum_b.reshape(-1, channels).sum(axis=0)
         if dw is not None:
@@ -347,45 +363,74 @@ class _Backward:
     need_w: bool
     width: int
 
-    def run(self, share: range) -> tuple[Array, Array]:
-        """Compute a share of the blocks of all images; return the sums for weights and bias."""
+    def run(self, workers: int) -> tuple[Array, Array]:
+        """Compute all blocks; return the sums for weights and bias."""
         problem, layout = self.problem, self.layout
-        dtype, channels, columns = wide_dtype(problem.dtype), problem.out_channels, problem.out_shape[1]
-        held = scratch.get("gradient", (1, layout.rows, layout.columns, channels), dtype)
-        held[:, :, : layout.before] = 0
-        held[:, :, layout.before + columns :] = 0
-        dz = held[:, :, layout.before : layout.before + columns]
+        dtype, channels = wide_dtype(problem.dtype), problem.out_channels
+        total, columns = problem.batch * len(layout.blocks), problem.out_shape[1]
+        count = min(_count(total, workers), 4 * workers)
         group, repeats = problem.in_channels // problem.groups, max(1, LINE // channels)
-        sum_w = np.zeros((*problem.kernel, group, self.width), dtype)
-        sum_b, nothing = np.zeros((2, repeats * channels), dtype)
+        sum_w = np.zeros((count, *problem.kernel, group, self.width), dtype)
+        sum_b = np.zeros((count, repeats * channels), dtype)
         slope = _slope(self.activation)
         numbers = np.zeros(channels + 2, dtype)
         numbers[channels:] = 1.0, 1.0 if slope is None else slope
         at = numbers.ctypes.data
         one = at + channels * dtype.itemsize
+        behind = self.activation is not None
+        place_w = _place(sum_w)
+        place_b = (sum_b.ctypes.data, sum_b.strides[0])
 
-        def compute(places: list[Place], behind: bool, blocks: range) -> None:
+        def compute(
+            dz: Array, places: Any, behind: bool, blocks: range, sums: int, count: int,
+            counters: Array, spins: int,
+        ) -> None:  # fmt: skip
+            """Compute blocks in so many shares, whose sums begin with the number given."""
             dy, y, x, dx = places
+            nothing = np.zeros(repeats * channels, dtype)
             _compiled().backward(
                 _kind(dtype, group), dtype.itemsize, channels, dy, y, x, _place(self.weights), dx,
-                (dz.ctypes.data, *dz.strides[1:3]), _place(sum_w),
-                sum_b.ctypes.data, nothing.ctypes.data, repeats, (at, one, one + dtype.itemsize),
-                int(behind), (int(self.dx is not None), int(self.need_w)), columns, layout.part,
+                (dz.ctypes.data, *dz.strides[1:3]),
+                (place_w[0] + sums * place_w[1], *place_w[1:]),
+                (place_b[0] + sums * place_b[1], place_b[1]), nothing.ctypes.data, repeats, (at, one, one + dtype.itemsize), int(behind),
+                (int(self.dx is not None), int(self.need_w)), columns, layout.part,
                 self.gather.steps, self.gather.rows, self.gather.columns, self.sums.steps,
                 self.sums.rows, self.sums.columns, layout.blocks, blocks.start, blocks.stop,
+                count, counters.ctypes.data, spins,
             )  # fmt: skip
 
-        lines = all(_is_native(a, dtype, lines=True) for a in (self.dy, self.y))
-        if slope is not None and lines and all(_is_native(a, dtype) for a in (self.x, self.dx)):
-            arrays = (self.dy, self.y, self.x, self.dx)
-            compute([_place(a) for a in arrays], self.activation is not None, share)
-            return sum_w, sum_b
-        for block in share:
-            n, k = divmod(block, len(layout.blocks))
-            self._copied(n, k, dz, compute)
-        return sum_w, sum_b
+        arrays = (self.dy, self.y, self.x, self.dx)
+        lines = all(_is_native(a, dtype, lines=True) for a in arrays[:2])
+        if slope is not None and lines and all(_is_native(a, dtype) for a in arrays[2:]):
+            places, counters = [_place(a) for a in arrays], np.zeros(2, np.int64)
 
-    def _copied(self, n: int, k: int, dz: Array, compute: Any) -> None:
+            def take(first: bool) -> None:
+                spins = SPINS if first else 0
+                compute(self._buffer(), places, behind, range(total), 0, count, counters, spins)
+
+            threads.together(take, workers, lambda: bool(counters[1] == count))
+        else:
+            shares = threads.shares(total, min(workers, count))
+
+            def work(k: int) -> None:
+                with np.errstate(all="ignore"):  # NaN and Inf travel on without a word
+                    dz = self._buffer()
+                    for block in shares[k]:
+                        self._copied(*divmod(block, len(layout.blocks)), k, dz, compute)
+
+            threads.run(work, len(shares))
+        return sum_w.sum(axis=0), sum_b.sum(axis=0)
+
+    def _buffer(self) -> Array:
+        """Return this thread's buffer of a block's ``dz``, without the zeros on both sides."""
+        problem, layout, columns = self.problem, self.layout, self.problem.out_shape[1]
+        shape = (1, layout.rows, layout.columns, problem.out_channels)
+        held = scratch.get("gradient", shape, wide_dtype(problem.dtype))
+        held[:, :, : layout.before] = 0
+        held[:, :, layout.before + columns :] = 0
+        return held[:, :, layout.before : layout.before + columns]
+
+    def _copied(self, n: int, k: int, sums: int, dz: Array, compute: Any) -> None:
         """Compute one block whose arrays must be copied, or whose ``dz`` is NumPy's work."""
         i0, i1, r0, r1, low, high = self.layout.blocks[k].tolist()
         image = slice(n, n + 1)
@@ -393,10 +438,10 @@ class _Backward:
         if self.activation is None or self.y is None:
             np.copyto(gradient, self.dy[image, low:high])
         else:
-            behind, result = (
+            behind, above = (
                 a[image, low:high].astype(dz.dtype, copy=False) for a in (self.dy, self.y)
             )
-            epilogue_grad(behind, result, self.activation, gradient)
+            epilogue_grad(behind, above, self.activation, gradient)
         source = None if self.x is None else self.x[image]
         place_x = _place(source)
         if source is not None and not _is_native(source, dz.dtype):
@@ -410,6 +455,6 @@ class _Backward:
             result = scratch.get("product", target.shape, dz.dtype)
         # dz is its own source: the loops add it up where it lies.
         places = [_place(gradient, low), _place(None), place_x, _place(result, r0)]
-        compute(places, False, range(k, k + 1))
+        compute(dz, places, False, range(k, k + 1), sums, 1, np.zeros(2, np.int64), 0)
         if target is not None and result is not target:
             target[...] = result

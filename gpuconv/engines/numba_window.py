@@ -1,4 +1,4 @@
-"""Windows over lines of channels, compiled: what stays in the registers, and the loops around it.
+"""Windows over lines of channels: what stays in the processor's registers, as LLVM code.
 
 Where a channel meets only itself, or the few of its group, the vectors of the processor run along
 the channels. Numba's loops do not keep a strip of outputs in registers by themselves, so three
@@ -12,9 +12,8 @@ it meets them once for each channel of the group, which is spread over the group
 
 *gradient line*: ``dy * act'`` into a buffer, and its sums.
 
-The loops around them stay Python, compiled by Numba; tables say which taps an output meets, so
-that no loop tests for the padding. Addresses are integers and distances bytes, whatever the
-arrays' strides; only channels must lie side by side. What is compiled is kept in ``__pycache__``.
+The loops around them are Python, in :mod:`gpuconv.engines.numba_loops`. Addresses are integers and
+distances bytes, whatever the arrays' strides; only channels must lie side by side.
 """
 
 from __future__ import annotations
@@ -24,16 +23,29 @@ from contextlib import contextmanager
 from typing import Any
 
 from llvmlite import binding, ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic, register_jitable
 
 from gpuconv.engines.window_tables import APART, DENSE, EDGE, NARROW, WIDE
 
-__all__ = ["LANES", "backward", "forward", "sums_at_once", "taps_at_once"]
+__all__ = [
+    "BYTES",
+    "LANES",
+    "SPREAD",
+    "add",
+    "correlation",
+    "line",
+    "number_of",
+    "sums_at_once",
+    "taps_at_once",
+    "window",
+]
 
 _FEATURES = dict(binding.get_host_cpu_features())
 #: Bytes of a vector register, and how many there are.
-BYTES, REGISTERS = (64, 32) if _FEATURES.get("avx512f") else (32 if _FEATURES.get("avx") else 16, 16)
+BYTES, REGISTERS = (
+    (64, 32) if _FEATURES.get("avx512f") else (32 if _FEATURES.get("avx") else 16, 16)
+)
 #: Numbers in a vector, by their size.
 LANES = {4: BYTES // 4, 8: BYTES // 8}
 #: Vectors that a single output at the border is computed in at a time.
@@ -76,7 +88,7 @@ class _Writer:
         self.zero = self.constant(0.0)
         rolled = module.add_metadata([ir.MetaDataString(module, "llvm.loop.unroll.disable")])
         self.once = module.add_metadata([rolled])
-        self.mask = None
+        self.mask: Any = None
         if masked:
             numbers = ir.VectorType(_i64, self.width)
             lanes = ir.Constant(numbers, list(range(self.width)))
@@ -124,7 +136,7 @@ class _Writer:
             load = self.declared(
                 f"llvm.masked.load.v{self.width}f{8 * self.size}.p0",
                 self.vector,
-                [self.vector.as_pointer(), _i32, self.mask.type, self.vector],  # type: ignore[attr-defined]
+                [self.vector.as_pointer(), _i32, self.mask.type, self.vector],
             )
             return self.b.call(load, [place, ir.Constant(_i32, self.size), self.mask, self.zero])
         return self.b.load(place, align=self.size)
@@ -135,7 +147,7 @@ class _Writer:
             store = self.declared(
                 f"llvm.masked.store.v{self.width}f{8 * self.size}.p0",
                 ir.VoidType(),
-                [self.vector, self.vector.as_pointer(), _i32, self.mask.type],  # type: ignore[attr-defined]
+                [self.vector, self.vector.as_pointer(), _i32, self.mask.type],
             )
             self.b.call(store, [value, place, ir.Constant(_i32, self.size), self.mask])
         else:
@@ -312,9 +324,7 @@ _CORRELATION = "x x_step x_row dz dz_step dz_row rows columns dw dw_t dw_c valid
 _LINE = "dy y dz db slope whole valid"
 
 
-def _correlation(
-    module: ir.Module, real: Any, group: int, masked: bool, taps: int
-) -> ir.Function:
+def _correlation(module: ir.Module, real: Any, group: int, masked: bool, taps: int) -> ir.Function:
     """Return the function that adds the gradient of a row of taps up over rows and columns."""
     part = "part" if masked else "full"
     name = f"gpuconv_correlation_{real}_g{group}_{part}_{taps}"
@@ -396,8 +406,8 @@ def _line(module: ir.Module, real: Any, masked: bool, behind: bool) -> ir.Functi
     return write.done()
 
 
-@register_jitable  # type: ignore[misc]
-def _number(columns, taps, way, masked):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+@register_jitable
+def number_of(columns, taps, way, masked):  # type: ignore[no-untyped-def]
     """Return the number of a variant."""
     return columns * 64 + taps * 8 + way * 2 + masked
 
@@ -408,31 +418,31 @@ def _windows(module: ir.Module, real: Any, group: int) -> dict[int, ir.Function]
     for columns in (WIDE, NARROW):
         for taps in taps_at_once(group):
             for way in (DENSE, EDGE) if taps > 1 else (DENSE,):
-                key = _number(columns, taps, way, 0)
+                key = number_of(columns, taps, way, 0)
                 made[key] = _window(module, real, group, False, columns, taps, way)
     for columns in (WIDE, NARROW, 1):
         for masked in (0, 1):
-            key = _number(columns, 1, APART, masked)
+            key = number_of(columns, 1, APART, masked)
             made[key] = _window(module, real, group, bool(masked), columns, 1, APART)
     if group * real.bitwidth <= 8 * BYTES:
-        made[_number(0, 1, APART, 0)] = _window(module, real, group, False, 1, 1, APART, SPREAD)
+        made[number_of(0, 1, APART, 0)] = _window(module, real, group, False, 1, 1, APART, SPREAD)
     return made
 
 
 def _correlations(module: ir.Module, real: Any, group: int) -> dict[int, ir.Function]:
     """Return every correlation function by its number."""
     made = {
-        _number(0, taps, 0, 0): _correlation(module, real, group, False, taps)
+        number_of(0, taps, 0, 0): _correlation(module, real, group, False, taps)
         for taps in sums_at_once(group)
     }
-    made[_number(0, 1, 0, 1)] = _correlation(module, real, group, True, 1)
+    made[number_of(0, 1, 0, 1)] = _correlation(module, real, group, True, 1)
     return made
 
 
 def _lines(module: ir.Module, real: Any, group: int) -> dict[int, ir.Function]:
     """Return every gradient line by its number."""
     return {
-        _number(behind, 0, 0, masked): _line(module, real, bool(masked), bool(behind))
+        number_of(behind, 0, 0, masked): _line(module, real, bool(masked), bool(behind))
         for behind in (0, 1)
         for masked in (0, 1)
     }
@@ -442,11 +452,11 @@ def _intrinsic(arguments: str, variants: Callable[..., dict[int, Any]]) -> Any:
     """Return what calls, from compiled Python, the variant of a number with its arguments."""
     count = len(arguments.split())
 
-    @intrinsic  # type: ignore[misc]
-    def call(typing_context, kind, number, values):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    @intrinsic
+    def call(typing_context, kind, number, values):  # type: ignore[no-untyped-def]
         signature = types.void(kind, types.int64, types.UniTuple(types.int64, count))
 
-        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
             made = variants(builder.module, kind.dtype, kind.count)
             rest = [builder.extract_value(args[2], k) for k in range(count)]
             done = builder.append_basic_block("done")
@@ -469,239 +479,13 @@ window = _intrinsic(_WINDOW, _windows)
 correlation = _intrinsic(_CORRELATION, _correlations)
 line = _intrinsic(_LINE, _lines)
 
-# ------------------------------------------------------------------------------- the loops
 
+@intrinsic
+def add(typing_context, address, number):  # type: ignore[no-untyped-def]
+    """Add to a number in memory that threads share, and return what it was."""
 
-def _compiled(function: Any) -> Any:
-    """Return a function compiled when first called, kept on disk where there is a place for it."""
-    options = {"nogil": True, "boundscheck": False}
-    try:
-        return njit(cache=True, **options)(function)
-    except RuntimeError:  # nowhere to keep it
-        return njit(**options)(function)
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        place = builder.inttoptr(args[0], _i64.as_pointer())
+        return builder.atomic_rmw("add", place, args[1], "seq_cst")
 
-
-@_compiled
-def _rows(kind, size, channels, x, w, y, bias, slope, zeros, steps, rows, columns, first, last):  # type: ignore[no-untyped-def]
-    """Compute outputs ``first`` to ``last`` of the table of rows, all columns.
-
-    Arrays are given as the address of their first element and the distances of rows and columns
-    (of taps, for the weights, with that of a group's channels at last). See ``forward``.
-    """
-    x_start, x_row, x_column = x
-    w_start, w_row, w_column, w_channel = w
-    y_start, y_row, y_column = y
-    p_cells, q_cells, x_cells, y_cells, p_taps, q_taps, cells = steps
-    line = channels * size
-    group = len(kind) * size
-    for i in range(first, last):
-        for k in range(len(columns)):
-            taps, way, count = columns[k, 4], columns[k, 5], columns[k, 6]
-            at_x = x_start + rows[i, 0] * x_row + columns[k, 0] * x_column
-            at_w = w_start + rows[i, 1] * w_row + columns[k, 1] * w_column
-            at_y = y_start + rows[i, 3] * y_row + columns[k, 3] * y_column
-            j = 0
-            while j < count:
-                # Strips overlap rather than be short: what is computed twice is the same.
-                left = count - j
-                if count < NARROW:
-                    strip, tap, how = 1, 1, APART
-                elif left >= WIDE or (count >= WIDE and left > NARROW):
-                    strip, tap, how = WIDE, taps, way
-                else:
-                    strip, tap, how = NARROW, taps, way
-                j = min(j, count - strip)
-                skip = -(columns[k, 0] + j)
-                stop = cells + skip
-                if how == EDGE and skip <= 0 and stop >= strip + tap - 1:
-                    how = DENSE
-                c = 0
-                while c < line:
-                    number, width = _number(strip, tap, how, 0), BYTES
-                    vectors = (line - c) // BYTES
-                    if line < BYTES:
-                        number, vectors = _number(strip, tap, how, 1), 1
-                    elif group > BYTES:
-                        vectors = 1
-                    elif vectors == 0:  # the last begins earlier rather than be short
-                        c, vectors = line - BYTES, 1
-                    elif strip == 1 and vectors >= SPREAD:
-                        number, width = _number(0, 1, APART, 0), SPREAD * BYTES
-                        vectors //= SPREAD
-                    of_x = c // group * group if group > BYTES else c
-                    window(kind, number, (
-                        vectors, at_x + j * x_cells * x_column + of_x, x_cells * x_column,
-                        p_cells * x_row, q_cells * x_column, rows[i, 2], columns[k, 2] // tap,
-                        at_w + c, p_taps * w_row, q_taps * w_column, w_channel,
-                        at_y + j * y_cells * y_column + c, y_cells * y_column,
-                        bias + c, slope, channels, zeros, skip, stop,
-                    ))  # fmt: skip
-                    c += vectors * width
-                j += strip
-
-
-@_compiled
-def forward(kind, size, channels, x, w, y, bias, slope, zeros, steps, rows, columns, first, last):  # type: ignore[no-untyped-def]
-    """Compute outputs ``first`` to ``last``, counted over the rows of all images.
-
-    Parameters
-    ----------
-    kind : tuple
-        As many zeros of the arrays' dtype as a group has channels.
-    size, channels : int
-        Bytes of a number; channels.
-    x, y : tuple of int
-        Address; bytes from image to image, row to row, column to column.
-    w : tuple of int
-        Address; bytes from tap to tap along rows and columns, and from channel to channel of
-        a group.
-    bias, slope, zeros : int
-        Addresses: a number for each channel; what negative results are multiplied with; as many
-        zeros as two vectors or a group hold.
-    steps : tuple of int
-        Rows and columns of ``x`` from tap to tap; columns of ``x`` and of ``y`` from output to
-        output; taps of ``w`` from tap to tap, along rows and columns; the columns that ``x`` has.
-    rows : ndarray
-        For each row of outputs: first row of ``x``, first tap, number of taps, row of ``y``.
-    columns : ndarray
-        For each run of columns the same, and the taps to take at a time, how inputs lie (APART,
-        DENSE, EDGE), the number of outputs.
-    """
-    images = len(rows)
-    x_start, x_image, x_row, x_column = x
-    y_start, y_image, y_row, y_column = y
-    done = first
-    while done < last:
-        n, i = done // images, done % images
-        end = min(images, i + last - done)
-        _rows(
-            kind, size, channels, (x_start + n * x_image, x_row, x_column), w,
-            (y_start + n * y_image, y_row, y_column), bias, slope, zeros, steps, rows, columns, i, end,
-        )  # fmt: skip
-        done += end - i
-
-
-@_compiled
-def _gradients(kind, size, channels, dy, y, dz, db, repeats, slope, behind, columns, first, last):  # type: ignore[no-untyped-def]
-    """Write the gradient in front of the activation, rows ``first`` to ``last``, and its sums."""
-    dy_start, dy_row, dy_column = dy
-    y_start, y_row, y_column = y
-    dz_start, dz_row, dz_column = dz
-    lanes = BYTES // size
-    for i in range(first, last):
-        for j in range(0, columns, repeats):
-            numbers = min(repeats, columns - j) * channels
-            at_dy = dy_start + i * dy_row + j * dy_column
-            at_y = y_start + i * y_row + j * y_column
-            at_dz = dz_start + i * dz_row + j * dz_column
-            whole, rest = numbers // lanes, numbers % lanes
-            line(kind, _number(behind, 0, 0, 0), (at_dy, at_y, at_dz, db, slope, whole, 0))
-            if rest:
-                done = whole * BYTES
-                line(kind, _number(behind, 0, 0, 1), (
-                    at_dy + done, at_y + done, at_dz + done, db + done, slope, 1, rest,
-                ))  # fmt: skip
-
-
-@_compiled
-def _sums(kind, size, channels, x, dz, dw, steps, rows, columns, first, last):  # type: ignore[no-untyped-def]
-    """Add the weights' gradient of rows ``first`` to ``last`` of ``dz`` to ``dw``."""
-    x_start, x_row, x_column = x
-    dz_start, dz_row, dz_column = dz
-    dw_start, dw_row, dw_column, dw_channel = dw
-    row_step, column_step, q_taps = steps
-    length = channels * size
-    group = len(kind) * size
-    masked = 1 if length < BYTES else 0
-    # The last vector begins earlier rather than be short; its sums lie in a place of their own.
-    for c in range(0, length, BYTES):
-        at_c = c if masked else min(c, length - BYTES)
-        of_x = at_c // group * group if group > BYTES else at_c
-        for p in range(len(rows)):
-            begin = max(0, first - rows[p, 1])
-            end = min(rows[p, 2], last - rows[p, 1])
-            if begin < end:
-                for k in range(len(columns)):
-                    m = columns[k, 2]
-                    correlation(kind, _number(0, columns[k, 5], 0, masked), (
-                        x_start + (rows[p, 0] + begin * row_step) * x_row
-                        + (columns[k, 0] + m * column_step) * x_column + of_x,
-                        column_step * x_column, row_step * x_row,
-                        dz_start + (begin + rows[p, 1]) * dz_row
-                        + (m + columns[k, 1]) * dz_column + at_c,
-                        dz_column, dz_row, end - begin, columns[k, 3] - m,
-                        dw_start + rows[p, 3] * dw_row + columns[k, 4] * dw_column + c,
-                        q_taps * dw_column, dw_channel, channels,
-                    ))  # fmt: skip
-
-
-@_compiled
-def backward(
-    kind, size, channels, dy, y, x, w, dx, dz, dw, db, nothing, repeats, numbers, behind, needs,
-    out_columns, part, steps, rows, columns, sum_steps, sum_rows, sum_columns, blocks, first, last,
-):  # type: ignore[no-untyped-def]  # fmt: skip
-    """Compute the gradients of blocks ``first`` to ``last``, counted over all images.
-
-    Parameters
-    ----------
-    kind, size, channels
-        As for ``forward``.
-    dy, y, x, dx : tuple of int
-        Address; bytes from image to image, row to row, column to column.
-    w, dw : tuple of int
-        As for ``forward``; the weights with the channels of their groups exchanged, and the sums.
-    dz : tuple of int
-        Of the buffer of a block: address of its first row's first column that is no padding,
-        bytes from row to row and column to column.
-    db, nothing : int
-        Addresses of a line of ``repeats`` times the channels that gets the sums of ``dz``, and
-        of one for sums that nobody needs.
-    numbers : tuple of int
-        Addresses: a zero for each channel; the number 1; what the gradient is multiplied with
-        where ``y`` is not above 0.
-    behind : int
-        Whether ``dy`` is the gradient behind an activation.
-    needs : tuple of int
-        Whether ``dx`` and ``dw`` are wanted.
-    out_columns, part : int
-        Columns of ``dz``; the rows of it that stay in the first-level cache.
-    steps, rows, columns
-        As for ``forward``: how ``dx`` gathers from ``dz``.
-    sum_steps : tuple of int
-        Rows and columns of ``x`` from place to place; taps of ``dw`` from tap to tap.
-    sum_rows : ndarray
-        For each tap along the rows: first row of ``x``, what to add to its number for that of
-        ``dz``, the number of rows, the tap of ``dw``.
-    sum_columns : ndarray
-        For each run of taps along the columns: first column of ``x``, what to add for that of
-        ``dz``, first and last place, first tap of ``dw``, taps.
-    blocks : ndarray
-        For each block of an image: rows of ``dz``, rows of ``dx``, rows of ``dz`` that they need.
-    """
-    dz_start, dz_row, dz_column = dz
-    zeros, one, slope = numbers
-    for block in range(first, last):
-        n, k = block // len(blocks), block % len(blocks)
-        i0, i1, r0, r1 = blocks[k, 0], blocks[k, 1], blocks[k, 2], blocks[k, 3]
-        low, high = blocks[k, 4], blocks[k, 5]
-        dy_place = (dy[0] + n * dy[1], dy[2], dy[3])
-        y_place = (y[0] + n * y[1], y[2], y[3])
-        dz_place = (dz_start - low * dz_row, dz_row, dz_column)
-        for begin, end, sums in ((low, i0, nothing), (i0, i1, db), (i1, high, nothing)):
-            _gradients(
-                kind, size, channels, dy_place, y_place, dz_place, sums, repeats, slope, behind,
-                out_columns, begin, end,
-            )  # fmt: skip
-        if needs[0]:
-            dx_place = (dx[0] + n * dx[1], dx[2], dx[3])
-            _rows(
-                kind, size, channels, dz_place, w, dx_place, zeros, one, zeros, steps, rows,
-                columns, r0, r1,
-            )  # fmt: skip
-        if needs[1]:
-            x_place = (x[0] + n * x[1], x[2], x[3])
-            for i in range(i0, i1, part):
-                _sums(
-                    kind, size, channels, x_place, dz_place, dw, sum_steps, sum_rows, sum_columns,
-                    i, min(i1, i + part),
-                )  # fmt: skip
+    return types.int64(types.int64, types.int64), codegen

@@ -1,6 +1,6 @@
 """Tables for the compiled windows: which taps meet which cells, worked out once a problem.
 
-The compiled loops of :mod:`gpuconv.engines.numba_window` follow tables and ask no questions: an
+The compiled loops of :mod:`gpuconv.engines.numba_loops` follow tables and ask no questions: an
 output in the padding's reach has fewer taps in its line, and the cells of ``dx`` of one remainder
 by the stride have theirs. Everything is counted in cells and taps; bytes come in with the arrays.
 """
@@ -29,7 +29,7 @@ WIDE, NARROW = 8, 4
 
 @dataclass(frozen=True)
 class Gather:
-    """How outputs gather; see :func:`gpuconv.engines.numba_window.forward`.
+    """How outputs gather; see :func:`gpuconv.engines.numba_loops.forward`.
 
     Attributes
     ----------
@@ -46,7 +46,7 @@ class Gather:
 
 @dataclass(frozen=True)
 class Sums:
-    """How the weights' gradient sums up; see :func:`gpuconv.engines.numba_window.backward`."""
+    """How the weights' gradient sums up; see :func:`gpuconv.engines.numba_loops.backward`."""
 
     steps: tuple[int, ...]
     rows: Array
@@ -80,7 +80,9 @@ def _lines(axis: Axis) -> list[tuple[int, int, int, int]]:
     found = []
     for output in range(axis.count):
         first, taps = _taps_of(axis, output)
-        found.append((output * axis.stride + first * axis.dilation + axis.start, first, taps, output))
+        found.append(
+            (output * axis.stride + first * axis.dilation + axis.start, first, taps, output)
+        )
     return found
 
 
@@ -242,7 +244,7 @@ def blocks_of(problem: ConvProblem, rows: int, need_x: bool) -> Array:
     met = [(r[0], r[0] + (r[2] - 1) * step + 1) if r[2] else None for r in gather.rows.tolist()]
     count = -(-out // rows)
     ends = [out * k // count for k in range(count + 1)]
-    found = []
+    found: list[tuple[int, ...]] = []
     for k, (low, high) in enumerate(zip(ends, ends[1:], strict=False)):
         first = 0 if k == 0 else min(size, low * stride)
         last = size if k == count - 1 else min(size, high * stride)
