@@ -8,7 +8,7 @@ NumPy engines; Numba's own threads are not used.
 The forward pass reads ``x`` and writes ``y``, bias and activation included, and that is all it
 does to memory. The backward pass goes through blocks of rows: ``dy`` behind the activation becomes
 ``dz`` in a buffer that stays in the cache, between zeros; ``dx`` gathers from it, and the gradients
-of weights and bias sum it up. The loops are :mod:`gpuconv.engines.numba_loops`'s. What they cannot
+of weights and bias sum it up. The loops are :mod:`gpuconv.engines.numba_window_loops`'s. What they cannot
 read as it lies (channels first, float16), and activations other than ReLU and its kind, go
 through NumPy a block at a time.
 
@@ -66,9 +66,9 @@ LINE = 1024
 @cache
 def _compiled() -> ModuleType:
     """Return the compiled loops; Numba is imported here."""
-    from gpuconv.engines import numba_loops
+    from gpuconv.engines import numba_window_loops
 
-    return numba_loops
+    return numba_window_loops
 
 
 @cache

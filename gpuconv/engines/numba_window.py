@@ -12,7 +12,7 @@ it meets them once for each channel of the group, which is spread over the group
 
 *gradient line*: ``dy * act'`` into a buffer, and its sums.
 
-The loops around them are Python, in :mod:`gpuconv.engines.numba_loops`. Addresses are integers and
+The loops around them are Python, in :mod:`gpuconv.engines.numba_window_loops`. Addresses are integers and
 distances bytes, whatever the arrays' strides; only channels must lie side by side.
 """
 

@@ -1,6 +1,6 @@
 """Tables for the compiled windows: which taps meet which cells, worked out once a problem.
 
-The compiled loops of :mod:`gpuconv.engines.numba_loops` follow tables and ask no questions: an
+The compiled loops of :mod:`gpuconv.engines.numba_window_loops` follow tables and ask no questions: an
 output in the padding's reach has fewer taps in its line, and the cells of ``dx`` of one remainder
 by the stride have theirs. Everything is counted in cells and taps; bytes come in with the arrays.
 """
@@ -29,7 +29,7 @@ WIDE, NARROW = 8, 4
 
 @dataclass(frozen=True)
 class Gather:
-    """How outputs gather; see :func:`gpuconv.engines.numba_loops.forward`.
+    """How outputs gather; see :func:`gpuconv.engines.numba_window_loops.forward`.
 
     Attributes
     ----------
@@ -46,7 +46,7 @@ class Gather:
 
 @dataclass(frozen=True)
 class Sums:
-    """How the weights' gradient sums up; see :func:`gpuconv.engines.numba_loops.backward`."""
+    """How the weights' gradient sums up; see :func:`gpuconv.engines.numba_window_loops.backward`."""
 
     steps: tuple[int, ...]
     rows: Array
