@@ -15,7 +15,7 @@ from typing import Any
 
 from gpuconv import settings
 
-__all__ = ["run", "shares", "single_threaded_blas"]
+__all__ = ["run", "shares", "single_threaded_blas", "together"]
 
 _lock = threading.Lock()
 _pool: ThreadPoolExecutor | None = None
@@ -92,6 +92,28 @@ def run(work: Callable[[int], None], workers: int) -> None:
         work(0)
     finally:
         errors = [f.exception() for f in futures]
+    for error in errors:
+        if error is not None:
+            raise error
+
+
+def together(work: Callable[[bool], None], workers: int, done: Callable[[], bool]) -> None:
+    """Call ``work(True)`` here and ``work(False)`` in other threads, as soon as they wake up.
+
+    The work is a number of shares that each call takes one after the other until there are none,
+    and which call takes which must make no difference to the result. So nobody waits for a thread
+    that is still asleep when ``done()`` says that all shares are.
+    """
+    if workers == 1:
+        work(True)
+        return
+    pool = _executor(workers - 1)
+    futures = [pool.submit(work, False) for _ in range(1, workers)]
+    try:
+        work(True)
+    finally:
+        late = [f for f in futures if not f.cancel()]
+        errors = [] if done() else [f.exception() for f in late]
     for error in errors:
         if error is not None:
             raise error

@@ -1,9 +1,16 @@
-"""Depthwise convolution compiled by Numba: the loops, with a line of channels in the registers.
+"""Depthwise convolution, and groups of few channels, compiled: a vector runs along the channels.
 
 NumPy has no operation that multiplies and adds arrays at the width of today's processors in one
 pass, and depthwise convolution is nothing else. This engine is for who has Numba installed (the
-extra ``numba``); it is chosen only then. Blocks of rows go to the same workers as those of the
+extra ``numba``); it is chosen only then. Rows are divided among the same workers as those of the
 NumPy engines; Numba's own threads are not used.
+
+The forward pass reads ``x`` and writes ``y``, bias and activation included, and that is all it
+does to memory. The backward pass goes through blocks of rows: ``dy`` behind the activation becomes
+``dz`` in a buffer that stays in the cache, between zeros; ``dx`` gathers from it, and the gradients
+of weights and bias sum it up. The loops are :mod:`gpuconv.engines.numba_window_loops`'s. What they cannot
+read as it lies (channels first, float16), and activations other than ReLU and its kind, go
+through NumPy a block at a time.
 
 ``GPUCONV_NUMBA=0`` switches it off.
 """
@@ -13,110 +20,123 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from collections.abc import Callable
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from gpuconv.engines.base import Engine, Pass
-from gpuconv.engines.epilogue import bias_sums
-from gpuconv.engines.im2col import add_bias, bias_line, run_shares, worker_count
+from gpuconv import threads
+from gpuconv.activations import Activation
+from gpuconv.engines.base import Engine, Pass, epilogue_grad
+from gpuconv.engines.im2col import scratch, wide_dtype, worker_count
 from gpuconv.engines.rates import rates
-from gpuconv.engines.windows import Block, blocks
+from gpuconv.engines.window_tables import (
+    Gather,
+    Sums,
+    blocks_of,
+    forward_gather,
+    input_gather,
+    plane,
+    weight_sums,
+)
+from gpuconv.engines.windows import forward_axes
 from gpuconv.problem import ConvProblem
 
 __all__ = ["NumbaDepthwise"]
 
 Array = np.ndarray[Any, Any]
+#: An array for the compiled loops: its address, then the bytes from one to the next along every
+#: axis but the last.
+Place = tuple[int, ...]
 
-#: Elements of a block: it stays in a core's cache until its bias and activation are applied.
-BLOCK = 64 * 1024
-#: How much faster than numpy.einsum the compiled loops are taken to be.
-SPEED = 1.6
+#: Channels of a group: more are worth products of matrices.
+GROUPS = (1, 2, 4, 8, 16)
+#: Bytes of the rows of dz in a block, and of a copy: they stay in a core's cache.
+BLOCK = 384 * 1024
+#: Bytes of the lines of one vector of channels that the weight gradient goes through at a time.
+PART = 24 * 1024
+#: How often a worker looks for the others' end before it sleeps: a tenth of a millisecond or two.
+SPINS = 20_000
+#: Numbers in a line of sums for the bias.
+LINE = 1024
 
 
 @cache
-def _compiled() -> tuple[Callable[..., None], Callable[..., None], Callable[..., None]]:
-    """Return the three passes over rows ``first`` to ``last`` of an image, compiled.
+def _compiled() -> ModuleType:
+    """Return the compiled loops; Numba is imported here."""
+    from gpuconv.engines import numba_window_loops
 
-    All arrays are contiguous: ``(rows, columns, channels)`` and ``(row taps, column taps,
-    channels)``. ``sizes`` holds stride, dilation and padding of rows, then of columns.
-    """
-    from numba import njit
+    return numba_window_loops
 
-    options: dict[str, Any] = {
-        "nogil": True,
-        "cache": True,
-        "fastmath": {"contract"},
-        "boundscheck": False,
-    }
 
-    @njit(**options)
-    def forward(x: Array, w: Array, y: Array, sizes: Any, first: int, last: int) -> None:
-        sr, dr, top, sc, dc, left = sizes
-        rows, columns, channels = x.shape
-        for i in range(first, last):
-            for j in range(y.shape[1]):
-                for c in range(channels):
-                    y[i, j, c] = 0
-                for p in range(w.shape[0]):
-                    r = i * sr + p * dr - top
-                    if r < 0 or r >= rows:
-                        continue
-                    for q in range(w.shape[1]):
-                        s = j * sc + q * dc - left
-                        if s < 0 or s >= columns:
-                            continue
-                        for c in range(channels):
-                            y[i, j, c] += x[r, s, c] * w[p, q, c]
+@cache
+def _kind(dtype: np.dtype[Any], group: int) -> tuple[Any, ...]:
+    """Return what tells the compiled loops, by its type, the dtype and the channels of a group."""
+    return (dtype.type(0),) * group
 
-    @njit(**options)
-    def input_grad(dz: Array, w: Array, dx: Array, sizes: Any, first: int, last: int) -> None:
-        sr, dr, top, sc, dc, left = sizes
-        rows, columns, channels = dz.shape
-        for r in range(first, last):
-            for s in range(dx.shape[1]):
-                for c in range(channels):
-                    dx[r, s, c] = 0
-                for p in range(w.shape[0]):
-                    i = r + top - p * dr
-                    if i < 0 or i % sr or i // sr >= rows:
-                        continue
-                    for q in range(w.shape[1]):
-                        j = s + left - q * dc
-                        if j < 0 or j % sc or j // sc >= columns:
-                            continue
-                        for c in range(channels):
-                            dx[r, s, c] += dz[i // sr, j // sc, c] * w[p, q, c]
 
-    @njit(**options)
-    def weight_grad(x: Array, dz: Array, dw: Array, sizes: Any, first: int, last: int) -> None:
-        sr, dr, top, sc, dc, left = sizes
-        rows, columns, channels = x.shape
-        for i in range(first, last):
-            for p in range(dw.shape[0]):
-                r = i * sr + p * dr - top
-                if r < 0 or r >= rows:
-                    continue
-                for j in range(dz.shape[1]):
-                    for q in range(dw.shape[1]):
-                        s = j * sc + q * dc - left
-                        if s < 0 or s >= columns:
-                            continue
-                        for c in range(channels):
-                            dw[p, q, c] += x[r, s, c] * dz[i, j, c]
+def _workers(problem: ConvProblem) -> int:
+    return worker_count(problem.flops / 2)
 
-    return forward, input_grad, weight_grad
+
+def _count(total: int, workers: int) -> int:
+    """Return how many shares workers take from one another's hands."""
+    return 1 if workers == 1 else min(total, 8 * workers)
+
+
+def _slope(activation: Activation | None) -> float | None:
+    """Return what the loops multiply negative numbers with, or None if that is not all."""
+    if activation is None:
+        return 1.0
+    return float(getattr(activation, "alpha", 0.0)) if activation.by_sign else None
+
+
+def _is_native(a: Array | None, dtype: Any, lines: bool = False) -> bool:
+    """Return whether the loops can read ``a``; with ``lines``, columns must be neighbours."""
+    if a is None:
+        return True
+    if a.dtype != dtype or a.strides[-1] != a.itemsize or not a.flags.aligned:
+        return False
+    return not lines or a.strides[-2] == a.itemsize * a.shape[-1] or a.shape[-2] == 1
+
+
+def _place(a: Array | None, row: int = 0) -> Place:
+    """Return where ``a`` lies, its first row being that of the given number."""
+    if a is None:
+        return (0, 0, 0, 0)
+    return (a.ctypes.data - row * a.strides[-3], *a.strides[:-1])
+
+
+def _as_plane(a: Array | None) -> Array | None:
+    """Return ``(n, *spatial, c)`` with two spatial axes."""
+    return a if a is None or a.ndim == 4 else a[:, None]
+
+
+def _read_rows(problem: ConvProblem, first: int, last: int) -> tuple[int, int]:
+    """Return the rows of ``x`` that rows ``first`` to ``last`` of ``y`` read."""
+    axis = forward_axes(problem)[0]
+    low, high = axis.reads(first, last)
+    low = min(max(0, low), axis.size)
+    return low, max(low, min(high, axis.size))
+
+
+def _exchanged(w: Array, group: int) -> Array:
+    """Return ``(*taps, in a group, out)`` as ``(*taps, out of a group, in)``."""
+    if group == 1:
+        return w
+    split = w.reshape(*w.shape[:2], group, -1, group)
+    return np.ascontiguousarray(split.transpose(0, 1, 4, 3, 2)).reshape(w.shape)
 
 
 class NumbaDepthwise(Engine):
-    """The loops compiled by Numba, a worker per core."""
+    """Strips of outputs in vector registers, a worker per core."""
 
     name = "numba_depthwise"
     device_kind = "cpu"
-    dtypes = ("float32", "float64")
-    ndims = (2,)
+    fused_backward = True
+    ndims = (1, 2)
 
     def unavailable(self) -> str | None:
         """Return why it cannot run on this machine, or None."""
@@ -131,105 +151,310 @@ class NumbaDepthwise(Engine):
         reason = super().unsupported(problem, pass_)
         if reason is not None:
             return reason
-        if problem.groups != problem.in_channels or problem.out_channels != problem.in_channels:
-            return "it computes one channel from one, " + (
+        group = problem.in_channels // problem.groups
+        if problem.out_channels != problem.in_channels or group not in GROUPS:
+            return (
+                f"it computes as many channels as it reads, {', '.join(map(str, GROUPS))} a group, "
                 f"not {problem.out_channels} from {problem.in_channels} in {problem.groups} groups"
             )
         return None
 
     def cost(self, problem: ConvProblem, pass_: Pass) -> float:
-        """Return the predicted time."""
-        rate, workers = rates(), worker_count(16 * problem.flops)
-        products = problem.flops / 2 * problem.itemsize / 4
-        short = 1 + 16 / problem.out_channels  # the loop around a line of channels
-        seconds = products * short / (SPEED * rate.einsum) + problem.bytes / rate.copy
-        return 5e-5 + seconds / workers
+        """Return the predicted time: products by whole vectors, and a way through memory."""
+        rate, size = rates(), wide_dtype(problem.dtype).itemsize
+        lanes = 64 // size
+        filled = -(-problem.in_channels // lanes) * lanes / problem.in_channels
+        # Strips share inputs where outputs lie as close as taps; else each has its own.
+        reads = 1.0 if problem.stride[-1] == problem.dilation[-1] else 1.5
+        seconds = filled * reads * problem.flops / (0.5 * rate.product(size))
+        copies = 1.5
+        if problem.layout == "channels_first" or problem.itemsize < size:
+            copies += 6.0  # by NumPy, into blocks and out
+        seconds += copies * problem.bytes / rate.copy
+        return 3e-5 + seconds / _workers(problem)
 
     def workspace(self, problem: ConvProblem, pass_: Pass) -> int:
-        """Return the bytes of copies of what is not laid out channels last."""
-        held = math.prod(problem.w_shape) * (1 + worker_count(16 * problem.flops))
-        if problem.layout != "channels_last":
-            held += math.prod(problem.x_shape) + math.prod(problem.y_shape)
-        return held * problem.itemsize
+        """Return the bytes of buffers, all workers together."""
+        size = wide_dtype(problem.dtype).itemsize
+        cells = problem.in_shape[-1] + problem.out_shape[-1] + problem.window[-1]
+        rows = (problem.window[0] + problem.stride[0]) * cells * problem.in_channels
+        held = 2 * math.prod(problem.w_shape) + 2 * problem.in_channels + 2 * LINE
+        return _workers(problem) * (4 * BLOCK + size * (2 * rows + held))
 
     # ------------------------------------------------------------------------------- the passes
 
     def forward(self, problem: ConvProblem, x: Array, w: Array, b: Array | None, y: Array) -> None:
         """Write ``act(conv(x, w) + b)`` into ``y``."""
-        run, _, _ = _compiled()
-        x, taps = np.ascontiguousarray(x), np.ascontiguousarray(w[..., 0, :])
-        result = y if y.flags.c_contiguous else np.empty(y.shape, y.dtype)
-        sizes = _sizes(problem)
-        line = None if b is None else bias_line(b)
+        run = _compiled()
+        flat = plane(replace(problem, activation=None))
+        dtype, group, channels = wide_dtype(problem.dtype), w.shape[-2], problem.out_channels
+        source, target = (a if a.ndim == 4 else a[:, None] for a in (x, y))
+        few = channels < run.LANES[dtype.itemsize]
+        gather = forward_gather(flat, (1,) if few else run.taps_at_once(group))
+        zeros = np.zeros(max(256, 16 * dtype.itemsize), np.uint8)
+        weights = np.ascontiguousarray(w, dtype).reshape(flat.w_shape)
+        bias = np.zeros(channels, dtype) if b is None else np.ascontiguousarray(b, dtype)
+        slope = _slope(problem.activation)
+        factor = np.array([1.0 if slope is None else slope], dtype)
+        act = problem.activation if slope is None else None
+        rows = flat.out_shape[0]
+        native = act is None and _is_native(source, dtype) and _is_native(target, dtype)
+        step = max(1, BLOCK // (flat.out_shape[1] * channels * dtype.itemsize))
+        total = flat.batch * rows
+        workers = _workers(problem)
+        shares = threads.shares(total, workers)
 
-        def work(_: int, share: tuple[Block, ...]) -> None:
-            for (n0, n1), (first, last) in share:
-                for n in range(n0, n1):
-                    run(x[n], taps, result[n], sizes, first, last)
-                    done = result[n, first:last]
-                    if line is not None:
-                        add_bias(done, line, problem.out_channels)
-                    if problem.activation is not None:
-                        problem.activation.fn(done, out=done)
+        def compute(
+            x_place: Place, y_place: Place, first: int, last: int, count: int = 1,
+            counters: Array | None = None, spins: int = 0,
+        ) -> None:  # fmt: skip
+            counters = np.zeros(2, np.int64) if counters is None else counters
+            run.forward(
+                _kind(dtype, group), dtype.itemsize, channels, x_place, _place(weights), y_place,
+                bias.ctypes.data, factor.ctypes.data, zeros.ctypes.data, gather.steps, gather.rows,
+                gather.columns, first, last, count, counters.ctypes.data, spins,
+            )  # fmt: skip
 
-        run_shares(_cut(problem.y_shape, problem), work)
-        if result is not y:
-            y[...] = result
+        def finish(n: int, i: int, end: int) -> None:
+            """Compute rows that must be copied, or finished by NumPy."""
+            part, out = source[n : n + 1], target[n : n + 1, i:end]
+            place, result = _place(part), out
+            if not _is_native(part, dtype):
+                low, high = _read_rows(flat, i, end)
+                copy = scratch.get("lines", (1, high - low, *part.shape[2:]), dtype)
+                np.copyto(copy, part[:, low:high])
+                place = _place(copy, low)
+            if not _is_native(out, dtype):
+                result = scratch.get("product", out.shape, dtype)
+            compute(place, _place(result, i), i, end)
+            if act is not None:
+                act.fn(result, out=result)
+            if result is not out:
+                out[...] = result
+
+        def work(k: int) -> None:
+            first, last = shares[k].start, shares[k].stop
+            with np.errstate(all="ignore"):  # NaN and Inf travel on without a word
+                while first < last:
+                    n, i = divmod(first, rows)
+                    end = min(rows, i + step, i + last - first)
+                    finish(n, i, end)
+                    first += end - i
+
+        if not native:
+            threads.run(work, len(shares))
+            return
+        counters, count = np.zeros(2, np.int64), _count(total, workers)
+        places = _place(source), _place(target)
+
+        def take(first: bool) -> None:
+            compute(*places, 0, total, count, counters, SPINS if first else 0)
+
+        threads.together(take, workers, lambda: bool(counters[1] == count))
 
     def input_grad(self, problem: ConvProblem, dz: Array, w: Array, dx: Array) -> None:
         """Write the gradient with respect to ``x`` into ``dx``."""
-        _, run, _ = _compiled()
-        dz, taps = np.ascontiguousarray(dz), np.ascontiguousarray(w[..., 0, :])
-        result = dx if dx.flags.c_contiguous else np.empty(dx.shape, dx.dtype)
-        sizes = _sizes(problem)
-
-        def work(_: int, share: tuple[Block, ...]) -> None:
-            for (n0, n1), (first, last) in share:
-                for n in range(n0, n1):
-                    run(dz[n], taps, result[n], sizes, first, last)
-
-        run_shares(_cut(problem.x_shape, problem), work)
-        if result is not dx:
-            dx[...] = result
+        self.backward(problem, dz, None, w, None, dx, None, None)
 
     def weight_grad(
         self, problem: ConvProblem, dz: Array, x: Array, dw: Array | None, db: Array | None
     ) -> None:
         """Write the gradients with respect to ``w`` and ``b`` into those of ``dw``, ``db`` given."""
+        self.backward(problem, dz, x, None, None, None, dw, db)
+
+    def backward(
+        self,
+        problem: ConvProblem,
+        dy: Array,
+        x: Array | None,
+        w: Array | None,
+        y: Array | None,
+        dx: Array | None,
+        dw: Array | None,
+        db: Array | None,
+        exact: bool = False,
+    ) -> None:
+        """Write the gradients asked for, given ``dy`` behind the activation, in one pass.
+
+        The zeros around ``dz`` give taps in the padding products that the definition does not
+        have; they are zero unless the other factor is Inf or NaN. Where one is, tables without
+        them are used: for ``dx`` if a weight is, for ``dw`` (``exact``) if a result is.
+        """
+        run = _compiled()
+        flat = plane(replace(problem, activation=None))
+        dtype, group = wide_dtype(problem.dtype), problem.in_channels // problem.groups
+        channels, lanes = problem.out_channels, run.LANES[dtype.itemsize]
+        weights = None
+        if dx is not None and w is not None:
+            weights = _exchanged(np.ascontiguousarray(w, dtype).reshape(flat.w_shape), group)
+        finite = weights is None or bool(np.isfinite(weights).all())
+        layout = _layout(flat, dtype.itemsize, dx is not None)
+        few = channels < lanes
+        take = (1,) if few else run.taps_at_once(group)
+        gather, _ = input_gather(flat, take, padded=finite)
+        sums = weight_sums(flat, (1,) if few else run.sums_at_once(group), padded=not exact)
+        job = _Backward(
+            flat, problem.activation if y is not None else None, layout, gather, sums,
+            dy if dy.ndim == 4 else dy[:, None], _as_plane(y), _as_plane(x), _as_plane(dx), weights, dw is not None,
+            -(-channels // lanes) * lanes,
+        )  # fmt: skip
+        sum_w, sum_b = job.run(_workers(problem))
         if db is not None:
-            bias_sums(dz, db)
-        if dw is None:
-            return
-        _, _, run = _compiled()
-        dz, x = np.ascontiguousarray(dz), np.ascontiguousarray(x)
-        sizes = _sizes(problem)
-        shares = _cut(problem.y_shape, problem)
-        totals = [np.zeros((*problem.kernel, problem.out_channels), x.dtype) for _ in shares]
-
-        def work(k: int, share: tuple[Block, ...]) -> None:
-            # A block's sum first, then the blocks': long sums in one place round badly.
-            part = np.empty_like(totals[k])
-            for (n0, n1), (first, last) in share:
-                part[...] = 0
-                for n in range(n0, n1):
-                    run(x[n], dz[n], part, sizes, first, last)
-                totals[k] += part
-
-        run_shares(shares, work)
-        for other in totals[1:]:
-            totals[0] += other
-        dw[..., 0, :] = totals[0]
+            db[...] = sum_b.reshape(-1, channels).sum(axis=0)
+        if dw is not None:
+            rest = channels % lanes if channels > lanes else 0
+            if rest:  # the last vector of channels begins earlier
+                sum_w[..., channels - rest : channels] = sum_w[..., -rest:]
+            total = sum_w[..., :channels]
+            if exact or np.isfinite(total).all():
+                dw[...] = total.reshape(dw.shape)
+            else:
+                self.backward(problem, dy, x, None, y, None, dw, None, exact=True)
 
 
-def _sizes(problem: ConvProblem) -> tuple[int, ...]:
-    """Return stride, dilation and the padding before, of rows and of columns."""
-    per_axis = zip(problem.stride, problem.dilation, problem.padding, strict=True)
-    return tuple(v for s, d, (before, _) in per_axis for v in (s, d, before))
+@dataclass(frozen=True)
+class _Layout:
+    """How the backward pass cuts images, and the buffer of ``dz`` that it needs.
+
+    Attributes
+    ----------
+    blocks : ndarray
+        See :func:`gpuconv.engines.window_tables.blocks_of`.
+    rows : int
+        Most rows of ``dz`` in a block.
+    before, columns : int
+        Columns of zeros before the first; all columns.
+    part : int
+        Rows that the weight gradient goes through at a time.
+    """
+
+    blocks: Array
+    rows: int
+    before: int
+    columns: int
+    part: int
 
 
-def _cut(shape: tuple[int, ...], problem: ConvProblem) -> tuple[tuple[Block, ...], ...]:
-    """Divide the rows of a result among workers."""
-    _, _, columns, channels = shape
-    return blocks(
-        shape[:2], max(1, BLOCK // (columns * channels)), worker_count(16 * problem.flops)
-    )
+@lru_cache(maxsize=1024)
+def _layout(problem: ConvProblem, size: int, need_x: bool) -> _Layout:
+    _, (before, after) = input_gather(problem, (1,), padded=True)
+    columns = before + problem.out_shape[1] + after
+    row = columns * problem.out_channels * size
+    blocks = blocks_of(problem, max(1, BLOCK // row), need_x)
+    cells = problem.out_shape[1] + problem.in_shape[1] * problem.stride[0]
+    most = int((blocks[:, 5] - blocks[:, 4]).max())
+    return _Layout(blocks, most, before, columns, max(1, PART // (64 * cells)))
+
+
+@dataclass(frozen=True)
+class _Backward:
+    """A backward pass over planes, for the workers to take their shares of."""
+
+    problem: ConvProblem
+    activation: Activation | None
+    layout: _Layout
+    gather: Gather
+    sums: Sums
+    dy: Array
+    y: Array | None
+    x: Array | None
+    dx: Array | None
+    weights: Array | None
+    need_w: bool
+    width: int
+
+    def run(self, workers: int) -> tuple[Array, Array]:
+        """Compute all blocks; return the sums for weights and bias."""
+        problem, layout = self.problem, self.layout
+        dtype, channels = wide_dtype(problem.dtype), problem.out_channels
+        total, columns = problem.batch * len(layout.blocks), problem.out_shape[1]
+        count = min(_count(total, workers), 4 * workers)
+        group, repeats = problem.in_channels // problem.groups, max(1, LINE // channels)
+        sum_w = np.zeros((count, *problem.kernel, group, self.width), dtype)
+        sum_b = np.zeros((count, repeats * channels), dtype)
+        slope = _slope(self.activation)
+        numbers = np.zeros(channels + 2, dtype)
+        numbers[channels:] = 1.0, 1.0 if slope is None else slope
+        at = numbers.ctypes.data
+        one = at + channels * dtype.itemsize
+        behind = self.activation is not None
+        place_w = _place(sum_w)
+        place_b = (sum_b.ctypes.data, sum_b.strides[0])
+
+        def compute(
+            dz: Array, places: Any, behind: bool, blocks: range, sums: int, count: int,
+            counters: Array, spins: int,
+        ) -> None:  # fmt: skip
+            """Compute blocks in so many shares, whose sums begin with the number given."""
+            dy, y, x, dx = places
+            nothing = np.zeros(repeats * channels, dtype)
+            _compiled().backward(
+                _kind(dtype, group), dtype.itemsize, channels, dy, y, x, _place(self.weights), dx,
+                (dz.ctypes.data, *dz.strides[1:3]),
+                (place_w[0] + sums * place_w[1], *place_w[1:]),
+                (place_b[0] + sums * place_b[1], place_b[1]), nothing.ctypes.data, repeats, (at, one, one + dtype.itemsize), int(behind),
+                (int(self.dx is not None), int(self.need_w)), columns, layout.part,
+                self.gather.steps, self.gather.rows, self.gather.columns, self.sums.steps,
+                self.sums.rows, self.sums.columns, layout.blocks, blocks.start, blocks.stop,
+                count, counters.ctypes.data, spins,
+            )  # fmt: skip
+
+        arrays = (self.dy, self.y, self.x, self.dx)
+        lines = all(_is_native(a, dtype, lines=True) for a in arrays[:2])
+        if slope is not None and lines and all(_is_native(a, dtype) for a in arrays[2:]):
+            places, counters = [_place(a) for a in arrays], np.zeros(2, np.int64)
+
+            def take(first: bool) -> None:
+                spins = SPINS if first else 0
+                compute(self._buffer(), places, behind, range(total), 0, count, counters, spins)
+
+            threads.together(take, workers, lambda: bool(counters[1] == count))
+        else:
+            shares = threads.shares(total, min(workers, count))
+
+            def work(k: int) -> None:
+                with np.errstate(all="ignore"):  # NaN and Inf travel on without a word
+                    dz = self._buffer()
+                    for block in shares[k]:
+                        self._copied(*divmod(block, len(layout.blocks)), k, dz, compute)
+
+            threads.run(work, len(shares))
+        return sum_w.sum(axis=0), sum_b.sum(axis=0)
+
+    def _buffer(self) -> Array:
+        """Return this thread's buffer of a block's ``dz``, without the zeros on both sides."""
+        problem, layout, columns = self.problem, self.layout, self.problem.out_shape[1]
+        shape = (1, layout.rows, layout.columns, problem.out_channels)
+        held = scratch.get("gradient", shape, wide_dtype(problem.dtype))
+        held[:, :, : layout.before] = 0
+        held[:, :, layout.before + columns :] = 0
+        return held[:, :, layout.before : layout.before + columns]
+
+    def _copied(self, n: int, k: int, sums: int, dz: Array, compute: Any) -> None:
+        """Compute one block whose arrays must be copied, or whose ``dz`` is NumPy's work."""
+        i0, i1, r0, r1, low, high = self.layout.blocks[k].tolist()
+        image = slice(n, n + 1)
+        gradient = dz[:, : high - low]
+        if self.activation is None or self.y is None:
+            np.copyto(gradient, self.dy[image, low:high])
+        else:
+            behind, above = (
+                a[image, low:high].astype(dz.dtype, copy=False) for a in (self.dy, self.y)
+            )
+            epilogue_grad(behind, above, self.activation, gradient)
+        source = None if self.x is None else self.x[image]
+        place_x = _place(source)
+        if source is not None and not _is_native(source, dz.dtype):
+            first, last = _read_rows(self.problem, i0, i1)
+            copy = scratch.get("lines", (1, last - first, *source.shape[2:]), dz.dtype)
+            np.copyto(copy, source[:, first:last])
+            place_x = _place(copy, first)
+        target = None if self.dx is None else self.dx[image, r0:r1]
+        result = target
+        if target is not None and not _is_native(target, dz.dtype):
+            result = scratch.get("product", target.shape, dz.dtype)
+        # dz is its own source: the loops add it up where it lies.
+        places = [_place(gradient, low), _place(None), place_x, _place(result, r0)]
+        compute(dz, places, False, range(k, k + 1), sums, 1, np.zeros(2, np.int64), 0)
+        if target is not None and result is not target:
+            target[...] = result

@@ -21,7 +21,16 @@ from numpy.lib.stride_tricks import as_strided
 
 from gpuconv.problem import ConvProblem
 
-__all__ = ["Axis", "Phase", "Scratch", "blocks", "forward_axes", "input_grad_phases", "windows"]
+__all__ = [
+    "Axis",
+    "Phase",
+    "Scratch",
+    "axis_phases",
+    "blocks",
+    "forward_axes",
+    "input_grad_phases",
+    "windows",
+]
 
 Array = np.ndarray[Any, Any]
 #: A rectangle of outputs: (first, last) over the batch and every spatial axis.
@@ -91,7 +100,7 @@ def forward_axes(problem: ConvProblem) -> tuple[Axis, ...]:
     )
 
 
-def _axis_phases(
+def axis_phases(
     size: int, out: int, taps: int, stride: int, dilation: int, before: int
 ) -> list[tuple[Axis | None, slice, slice]]:
     """Return each remainder's gather, cells and taps on one axis.
@@ -129,7 +138,7 @@ def _axis_phases(
 def input_grad_phases(problem: ConvProblem) -> tuple[Phase, ...]:
     """Return the phases that together cover ``dx``."""
     per_axis = [
-        _axis_phases(n, out, k, s, d, before)
+        axis_phases(n, out, k, s, d, before)
         for n, out, k, s, d, (before, _) in zip(
             problem.in_shape,
             problem.out_shape,
