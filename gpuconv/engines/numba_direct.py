@@ -80,6 +80,8 @@ class NumbaDirect(Engine):
         else:
             tiles = outputs * vectors / 20 * problem.groups * max(1.0, problem.taps * depth / CHUNK)
         seconds += 3e-8 * tiles
+        if problem.groups > 1:  # short runs: a tap's channels are all that lies side by side
+            seconds *= 1.5
         moved = sum(map(math.prod, (problem.x_shape, problem.y_shape))) * size
         weights = 6 * math.prod(problem.w_shape) * size
         return 4e-5 + (seconds + weights / rate.copy) / workers + moved / (1.5 * rate.copy)

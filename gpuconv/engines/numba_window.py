@@ -407,7 +407,7 @@ def _line(module: ir.Module, real: Any, masked: bool, behind: bool) -> ir.Functi
 
 
 @register_jitable
-def number_of(columns, taps, way, masked):  # type: ignore[no-untyped-def]
+def number_of(columns, taps, way, masked):
     """Return the number of a variant."""
     return columns * 64 + taps * 8 + way * 2 + masked
 
@@ -453,10 +453,10 @@ def _intrinsic(arguments: str, variants: Callable[..., dict[int, Any]]) -> Any:
     count = len(arguments.split())
 
     @intrinsic
-    def call(typing_context, kind, number, values):  # type: ignore[no-untyped-def]
+    def call(typing_context, kind, number, values):
         signature = types.void(kind, types.int64, types.UniTuple(types.int64, count))
 
-        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        def codegen(context, builder, signature, args):
             made = variants(builder.module, kind.dtype, kind.count)
             rest = [builder.extract_value(args[2], k) for k in range(count)]
             done = builder.append_basic_block("done")
@@ -481,10 +481,10 @@ line = _intrinsic(_LINE, _lines)
 
 
 @intrinsic
-def add(typing_context, address, number):  # type: ignore[no-untyped-def]
+def add(typing_context, address, number):
     """Add to a number in memory that threads share, and return what it was."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         place = builder.inttoptr(args[0], _i64.as_pointer())
         return builder.atomic_rmw("add", place, args[1], "seq_cst")
 

@@ -44,14 +44,14 @@ def _compiled(function: Any) -> Any:
 
 
 @_compiled
-def _finished(counters, count, spins):  # type: ignore[no-untyped-def]
+def _finished(counters, count, spins):
     """Wait a while for the shares that other threads have taken: a sleep would take longer."""
     while spins > 0 and add(counters + 8, 0) < count:
         spins -= 1
 
 
 @_compiled
-def _rows(kind, size, channels, x, w, y, bias, slope, zeros, steps, rows, columns, first, last):  # type: ignore[no-untyped-def]
+def _rows(kind, size, channels, x, w, y, bias, slope, zeros, steps, rows, columns, first, last):
     """Compute outputs ``first`` to ``last`` of the table of rows, all columns.
 
     Arrays are given as the address of their first element and the distances of rows and columns
@@ -110,7 +110,7 @@ def _rows(kind, size, channels, x, w, y, bias, slope, zeros, steps, rows, column
 
 
 @_compiled
-def forward(  # type: ignore[no-untyped-def]
+def forward(
     kind, size, channels, x, w, y, bias, slope, zeros, steps, rows, columns, first, last, count,
     counters, spins,
 ):  # fmt: skip
@@ -168,7 +168,7 @@ def forward(  # type: ignore[no-untyped-def]
 
 
 @_compiled
-def _gradients(kind, size, channels, dy, y, dz, db, repeats, slope, behind, columns, first, last):  # type: ignore[no-untyped-def]
+def _gradients(kind, size, channels, dy, y, dz, db, repeats, slope, behind, columns, first, last):
     """Write the gradient in front of the activation, rows ``first`` to ``last``, and its sums."""
     dy_start, dy_row, dy_column = dy
     y_start, y_row, y_column = y
@@ -190,7 +190,7 @@ def _gradients(kind, size, channels, dy, y, dz, db, repeats, slope, behind, colu
 
 
 @_compiled
-def _sums(kind, size, channels, x, dz, dw, steps, rows, columns, first, last):  # type: ignore[no-untyped-def]
+def _sums(kind, size, channels, x, dz, dw, steps, rows, columns, first, last):
     """Add the weights' gradient of rows ``first`` to ``last`` of ``dz`` to ``dw``."""
     x_start, x_row, x_column = x
     dz_start, dz_row, dz_column = dz
@@ -222,7 +222,7 @@ def _sums(kind, size, channels, x, dz, dw, steps, rows, columns, first, last):  
 
 
 @_compiled
-def backward(  # type: ignore[no-untyped-def]
+def backward(
     kind, size, channels, dy, y, x, w, dx, dz, dw, db, nothing, repeats, numbers, behind, needs,
     out_columns, part, steps, rows, columns, sum_steps, sum_rows, sum_columns, blocks, first, last,
     count, counters, spins,

@@ -82,9 +82,12 @@ class _Cut:
     problem : ConvProblem
     backwards : bool
         Whether it is the input gradient.
+    workers : int
+    budget : int
+        Bytes for the blocks of all workers.
     """
 
-    def __init__(self, problem: ConvProblem, backwards: bool) -> None:
+    def __init__(self, problem: ConvProblem, backwards: bool, workers: int, budget: int) -> None:
         self.axes = two_axes(
             input_grad_phases(problem)[0].axes if backwards else forward_axes(problem)
         )
@@ -105,8 +108,9 @@ class _Cut:
         self.filter_stride = vectors * vector_bytes()
         self.filter_bytes = self.factors * self.inputs * self.padded_out * self.size
         self.tile_bytes = self.factors * (self.padded_in + self.padded_out) * self.size
-        self.workers = worker_count(problem.flops)
-        self.at_once = max(1, min(max(BLOCK // self.tile_bytes, FEW_TILES), self.tiles))
+        self.workers = workers
+        wanted = max(BLOCK // self.tile_bytes, FEW_TILES)
+        self.at_once = max(1, min(wanted, self.tiles, budget // workers // self.tile_bytes))
 
     def blocks(self) -> tuple[Array, Array, Array]:
         """Return a worker's factors, products, and a place for a tile at the border."""
@@ -121,9 +125,12 @@ class _Cut:
         )
 
 
-@lru_cache(maxsize=1024)
+_kept = lru_cache(maxsize=1024)(_Cut)
+
+
 def _cut(problem: ConvProblem, backwards: bool) -> _Cut:
-    return _Cut(problem, backwards)
+    limit = settings.get_workspace_limit()
+    return _kept(problem, backwards, worker_count(problem.flops), limit // 2)
 
 
 class NumbaWinograd(Engine):
