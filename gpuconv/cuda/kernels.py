@@ -215,8 +215,9 @@ def clear() -> None:
 
 def variants() -> Iterator[Variant]:
     """Yield variants that between them compile every kernel with every kind of constant."""
-    from gpuconv.cuda import normalization
+    from gpuconv.cuda import epilogue, normalization
     from gpuconv.engines import cuda_atomic
 
     yield from cuda_atomic.sample_variants()
     yield from normalization.sample_variants()
+    yield from epilogue.sample_variants()
