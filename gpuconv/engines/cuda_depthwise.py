@@ -1,0 +1,260 @@
+"""Depthwise convolutions on a GPU, the window sliding in registers: ``kernels/conv_depthwise.cu``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from gpuconv.activations import Activation, get_activation
+from gpuconv.cuda import kernels, runtime
+from gpuconv.cuda.epilogue import output_grad, vector_length
+from gpuconv.engines.base import Engine, Pass
+from gpuconv.engines.cuda_arrays import (
+    NULL,
+    WIDE_FROM,
+    copied,
+    examples_at_once,
+    needs_wide_index,
+    parts,
+    stored_image,
+    stored_weights,
+)
+from gpuconv.engines.cuda_depthwise_tiles import (
+    THREADS,
+    Geometry,
+    Tile,
+    best_tile,
+    groups,
+    predicted,
+)
+from gpuconv.problem import CHANNELS_FIRST, ConvProblem
+
+__all__ = ["CudaDepthwise", "sample_variants"]
+
+Array = Any
+
+#: Taps that a kernel is compiled for at most: of a plane, and along one axis.
+MOST_TAPS, MOST_ALONG = 64, 32
+_PASSES = {"forward": "FORWARD", "input_grad": "INPUT_GRAD", "weight_grad": "WEIGHT_GRAD"}
+
+
+@lru_cache(maxsize=1024)
+def _variant(
+    dtype: str,
+    name: str,
+    geometry: Geometry,
+    tile: Tile,
+    wide_index: bool,
+    activation: Activation | None,
+) -> kernels.Variant:
+    """Return the specialisation of ``conv_depthwise.cu``; ``name`` is that of the pass."""
+    g = geometry
+    defines = {
+        "PASS": name.upper(),
+        "NDIM": str(g.ndim),
+        **_by_axis("K", g.kernel),
+        **_by_axis("S", g.stride),
+        **_by_axis("D", g.dilation),
+        "M": str(g.multiplier),
+        "VEC": str(tile.vector),
+        "TW": str(tile.columns),
+        "UNROLL": str(tile.unroll),
+        "CHANNELS_FIRST": str(int(g.channels_first)),
+        **kernels.activation_defines(activation),
+    }
+    if wide_index:
+        defines["INDEX_64"] = "1"
+    end = kernels.suffix(dtype)
+    functions = [f"conv{g.ndim}d_depthwise_{name}_{end}"]
+    if name == "weight_grad":
+        functions.append(f"conv{g.ndim}d_depthwise_weight_sums_{end}")
+    return kernels.Variant(
+        "conv_depthwise.cu", dtype, tuple(sorted(defines.items())), tuple(functions)
+    )
+
+
+def _by_axis(letter: str, values: tuple[int, int, int]) -> dict[str, str]:
+    return {letter + axis: str(v) for axis, v in zip("DHW", values, strict=True)}
+
+
+def sample_variants() -> Iterator[kernels.Variant]:
+    """Yield variants of every pass, rank, dtype, layout and index, with the tiles of known nets."""
+    plain = ConvProblem(32, 384, 384, (56, 56), (3, 3), (1, 1), ((1, 1),) * 2, (1, 1), 384)
+    problems = [
+        plain,
+        replace(plain, stride=(2, 2)),
+        replace(plain, kernel=(5, 5), padding=((2, 2),) * 2, dilation=(2, 1)),
+        replace(plain, kernel=(7, 7), padding=((3, 3),) * 2),
+    ]
+    names: tuple[Pass, ...] = ("forward", "input_grad", "weight_grad")
+    for problem in problems:
+        for pass_ in names:
+            pass
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """What is the same for all arrays of a problem."""
+
+    variant: kernels.Variant
+    name: str
+    grid: tuple[int, ...]
+    block: tuple[int, ...]
+    sizes: tuple[Any, ...]
+
+
+@lru_cache(maxsize=4096)
+def _launch(problem: ConvProblem, pass_: Pass, vector: int, wide_from: int) -> _Launch:
+    """Return the launch of a pass with vectors of at most so many channels."""
+    g = Geometry.of(problem)
+    tile = best_tile(problem, pass_, vector)
+    gather = pass_ == "input_grad" and not g.scatters
+    name = "input_gather" if gather else pass_
+    cut = groups(problem, pass_, tile)
+    sizes = (
+        problem.batch, *g.in_shape, problem.in_channels, *g.out_shape, problem.out_channels,
+        *g.before, tile.strip, cut.strips, cut.tiles, cut.runs_of,
+    )  # fmt: skip
+    threads = math.prod(problem.x_shape) // tile.vector if gather else cut.threads
+    extra: tuple[Any, ...] = ()
+    if pass_ == "weight_grad":
+        grid: tuple[int, ...] = (cut.across, cut.shares, g.kernel[0])
+        block: tuple[int, ...] = (cut.lanes, THREADS // cut.lanes)
+        extra = (np.int64(cut.share),)
+    else:
+        grid, block = (-(-threads // THREADS),), (THREADS,)
+        if pass_ == "forward":
+            extra = (np.int32(0),)
+        elif not gather:
+            rows, columns = g.reached(1), g.reached(2)
+            extra = tuple(map(np.int32, (0, rows[0], rows[1], columns[0])))
+    wide = needs_wide_index(problem) or threads + THREADS >= wide_from
+    activation = problem.activation if pass_ == "forward" else None
+    variant = _variant(problem.dtype, name, g, tile, wide, activation)
+    return _Launch(variant, variant.functions[0], grid, block, (*extra, *map(np.int32, sizes)))
+
+
+class CudaDepthwise(Engine):
+    """Channels side by side, the window in registers; every number is read from memory once."""
+
+    name = "cuda_depthwise"
+    device_kind = "cuda"
+
+    def unsupported(self, problem: ConvProblem, pass_: Pass) -> str | None:
+        """Return why it cannot compute this pass of ``problem``, or None."""
+        if problem.groups != problem.in_channels:
+            return "it computes depthwise convolutions: a group for each input channel"
+        rows, columns = Geometry.of(problem).kernel[1:]
+        if rows * columns > MOST_TAPS or max(rows, columns) > MOST_ALONG:
+            return (
+                f"it computes at most {MOST_ALONG} taps along an axis and {MOST_TAPS} in a plane, "
+                f"not {rows}x{columns}"
+            )
+        if not kernels.has_activation(problem.activation):
+            return f"no kernel computes the activation {problem.activation}"
+        return super().unsupported(problem, pass_)
+
+    def cost(self, problem: ConvProblem, pass_: Pass) -> float:
+        """Return the longest of memory, caches and arithmetic, at the device's rates."""
+        vector = 16 // problem.itemsize
+        return predicted(problem, pass_, best_tile(problem, pass_, vector))
+
+    def workspace(self, problem: ConvProblem, pass_: Pass) -> int:
+        """Return the bytes of the sums of the weight gradient's strips."""
+        if pass_ != "weight_grad":
+            return 0
+        shares = _launch(problem, pass_, 16 // problem.itemsize, WIDE_FROM).grid[1]
+        return shares * math.prod(problem.w_shape) * _sum_bytes(problem) if shares > 1 else 0
+
+    def forward(self, problem: ConvProblem, x: Array, w: Array, b: Array | None, y: Array) -> None:
+        """Write ``act(conv(x, w) + b)`` into ``y``."""
+        xp = runtime.cupy()
+        weights = xp.ascontiguousarray(stored_weights(problem, w))
+        bias = NULL if b is None else xp.ascontiguousarray(b)
+        self._over_parts(problem, "forward", x, (weights, bias), y)
+
+    def input_grad(self, problem: ConvProblem, dz: Array, w: Array, dx: Array) -> None:
+        """Write the gradient with respect to ``x`` into ``dx``."""
+        weights = runtime.cupy().ascontiguousarray(stored_weights(problem, w))
+        self._over_parts(problem, "input_grad", dz, (weights,), dx)
+
+    def _over_parts(
+        self,
+        problem: ConvProblem,
+        pass_: Pass,
+        source: Array,
+        weights: tuple[Array, ...],
+        target: Array,
+    ) -> None:
+        """Compute images from images; what is not dense is copied, within the workspace."""
+        xp = runtime.cupy()
+        source, target = stored_image(problem, source), stored_image(problem, target)
+        for part, at in parts(problem, copied(source) + copied(target)):
+            given, wanted = source[at], target[at]
+            in_place = wanted.flags.c_contiguous
+            result = wanted if in_place else xp.empty(wanted.shape, wanted.dtype)
+            given = xp.ascontiguousarray(given)
+            arrays = (given, *weights, result)
+            plan = _launch(part, pass_, _vector(part, arrays), WIDE_FROM)
+            self._run(plan, arrays)
+            if not in_place:
+                wanted[...] = result
+
+    def weight_grad(
+        self, problem: ConvProblem, dz: Array, x: Array, dw: Array | None, db: Array | None
+    ) -> None:
+        """Write the gradients with respect to ``w`` and ``b`` into those of ``dw``, ``db`` given."""
+        if db is not None:
+            output_grad(dz, None, None, db, problem.layout == CHANNELS_FIRST)
+        if dw is None:
+            return
+        xp = runtime.cupy()
+        dz, x, dw = stored_image(problem, dz), stored_image(problem, x), stored_weights(problem, dw)
+        direct = dw.flags.c_contiguous and str(dw.dtype) == problem.dtype
+        result = dw if direct else xp.empty(dw.shape, dz.dtype)
+        made = []
+        for part, at in parts(problem, copied(dz) + copied(x)):
+            images = tuple(xp.ascontiguousarray(a[at]) for a in (dz, x))
+            plan = _launch(part, "weight_grad", _vector(part, images), WIDE_FROM)
+            single = plan.grid[1] == 1 and part.batch == problem.batch
+            sums = NULL if single else xp.empty((plan.grid[1], result.size), _sum_dtype(problem))
+            self._run(plan, (*images, sums, result))
+            if not single:
+                made.append(sums)
+        if made:
+            sums = made[0] if len(made) == 1 else xp.concatenate(made)
+            device = int(xp.cuda.runtime.getDevice())
+            sizes = (np.int32(len(sums)), np.int64(result.size))
+            grid = (-(-result.size // 32),)
+            name = plan.variant.functions[1]
+            kernels.launch(plan.variant, name, device, grid, (32, 8), (sums, result, *sizes))
+        if not direct:
+            dw[...] = result
+
+    @staticmethod
+    def _run(plan: _Launch, arrays: tuple[Any, ...]) -> None:
+        device = int(runtime.cupy().cuda.runtime.getDevice())
+        kernels.launch(
+            plan.variant, plan.name, device, plan.grid, plan.block, (*arrays, *plan.sizes)
+        )
+
+
+def _vector(problem: ConvProblem, arrays: tuple[Any, ...]) -> int:
+    """Return how many channels may be moved at once."""
+    if problem.layout == CHANNELS_FIRST or problem.out_channels != problem.in_channels:
+        return 1
+    there = (a for a in arrays if a is not NULL)
+    return vector_length(problem.itemsize, problem.in_channels, *there)
+
+
+def _sum_dtype(problem: ConvProblem) -> str:
+    return "float64" if problem.dtype == "float64" else "float32"
+
+
+def _sum_bytes(problem: ConvProblem) -> int:
+    return 8 if problem.dtype == "float64" else 4
