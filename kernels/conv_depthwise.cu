@@ -31,15 +31,17 @@
 // input that works for an axis with a stride or a dilation; with both, input_gather visits the
 // taps one by one.
 //
-// Channels first, a thread has one column of one channel (VEC = TW = 1), a warp 32 columns side
-// by side: the KW loads of a row are in order, and all but the first meet the L1 cache.
+// Channels first, a warp has columns side by side, a thread TW of them and one channel. Its loads
+// are LOADED columns of a row, which begin at a multiple of them, PHASE columns before the first
+// that it needs; what they read beside that is what the neighbours need.
 //
 // No atomics: weight_grad sums strips, and reduce.cuh puts them together in one order.
 //
 // Compile-time constants: PASS (FORWARD, INPUT_GRAD, INPUT_GATHER, WEIGHT_GRAD); NDIM; KD KH KW, SD SH
 // SW, DD DH DW, 1 for axes that are not there; M; VEC, which divides the channels and, with the
-// type's size, all addresses (1 if M > 1 or CHANNELS_FIRST); TW; UNROLL; CHANNELS_FIRST, DTYPE_*,
-// INDEX_64, ACT. All tensors are contiguous, weights (KD, KH, KW, 1, O) or (O, 1, KD, KH, KW).
+// type's size, all addresses (1 if M > 1 or CHANNELS_FIRST); TW; LOADED, PHASE; STORED, the columns
+// of a store (of a load of dy for WEIGHT_GRAD); LOADED and STORED are 1 unless CHANNELS_FIRST, and
+// divide the rows; UNROLL; BLOCKS that an SM should hold; CHANNELS_FIRST, DTYPE_*, INDEX_64, ACT. All tensors are contiguous, weights (KD, KH, KW, 1, O) or (O, 1, KD, KH, KW).
 
 #include "common.cuh"
 #include "activations.cuh"
@@ -69,10 +71,14 @@ struct Sizes {
 #define SIZES                                                                                    \
   int N, int D, int H, int W, int C, int OD, int OH, int OW, int O, int front, int top,          \
       int left, int strip, int strips, int tiles, int lanes
+// The same, with axes that are not there as constants.
+#define ROW_AXIS (NDIM > 1 || !CHANNELS_FIRST)
+#define COLUMN_AXIS (NDIM > 1 || CHANNELS_FIRST)
 #define SIZES_OF_NDIM                                                                            \
   Sizes {                                                                                        \
-    N, NDIM > 2 ? D : 1, H, W, C, NDIM > 2 ? OD : 1, OH, OW, O, NDIM > 2 ? front : 0, top, left, \
-        strip, strips, tiles, lanes                                                              \
+    N, NDIM > 2 ? D : 1, ROW_AXIS ? H : 1, COLUMN_AXIS ? W : 1, C, NDIM > 2 ? OD : 1,            \
+        ROW_AXIS ? OH : 1, COLUMN_AXIS ? OW : 1, O, NDIM > 2 ? front : 0, top, left, strip,      \
+        ROW_AXIS ? strips : 1, COLUMN_AXIS ? tiles : 1, CHANNELS_FIRST ? 1 : lanes               \
   }
 
 // Steps in memory from element to element of an image.
@@ -127,27 +133,54 @@ __device__ __forceinline__ Values<typename Sum<T>::type> weights_at(const T* w, 
   return widen(load_vector<VEC>(w + (CHANNELS_FIRST ? o * (KD * TAPS) + tap : tap * O + o)));
 }
 
-// Loads N columns of a row, step apart from at on; those whose bit in inside is 0 are zeros.
-template <int N, typename T>
+// Bits of the loads for N columns first, first + DW, ... that lie within 0 ... width - 1. A load
+// has P columns, channels first; it begins at a multiple of P, FIRST columns before the first.
+template <int N, int P, int FIRST>
+__device__ __forceinline__ unsigned columns_inside(int first, int width) {
+  unsigned inside = 0;
+#pragma unroll
+  for (int s = 0; s * P < FIRST + N; s++) {
+    const int at = first - FIRST + s * P * DW;
+    if (at >= 0 && at < width) inside |= 1u << s;
+  }
+  return inside;
+}
+
+// Loads N columns of a row from at on, step apart; those outside are zeros.
+template <int N, int P, int FIRST, typename T>
 __device__ __forceinline__ void load_row(Vector<T, VEC> (&to)[N], const T* from, Index at,
                                          Index step, unsigned inside) {
+  const T zero = from_sum<T>(typename Sum<T>::type(0));
+  Vector<T, P * VEC> loaded[(FIRST + N + P - 1) / P];
+#pragma unroll
+  for (int s = 0; s * P < FIRST + N; s++) {
+    if (inside >> s & 1) {
+      loaded[s] = load_vector<P * VEC>(from + at + (s * P - FIRST) * step);
+    } else {
+#pragma unroll
+      for (int c = 0; c < P * VEC; c++) loaded[s].v[c] = zero;
+    }
+  }
 #pragma unroll
   for (int s = 0; s < N; s++) {
-    if (inside >> s & 1) to[s] = load_vector<VEC>(from + at + s * step);
-    else {
 #pragma unroll
-      for (int c = 0; c < VEC; c++) to[s].v[c] = from_sum<T>(typename Sum<T>::type(0));
-    }
+    for (int c = 0; c < VEC; c++)
+      to[s].v[c] = loaded[(FIRST + s) / P].v[(FIRST + s) % P * VEC + c];
   }
 }
 
-// Bits of the first N of the columns first, first + DW, ... that lie within 0 ... width - 1.
-template <int N> __device__ __forceinline__ unsigned columns_inside(int first, int width) {
-  unsigned inside = 0;
+// Stores those of N columns that lie within 0 ... width - 1; column is the first one's.
+template <int N, typename T>
+__device__ __forceinline__ void store_row(const Vector<T, VEC> (&from)[N], T* row, int column,
+                                          Index step, int width) {
 #pragma unroll
-  for (int s = 0; s < N; s++)
-    if (first + s * DW >= 0 && first + s * DW < width) inside |= 1u << s;
-  return inside;
+  for (int t = 0; t < N; t += STORED) {
+    if (column + DW * t < 0 || column + DW * t >= width) continue;
+    Vector<T, STORED * VEC> result;
+#pragma unroll
+    for (int c = 0; c < STORED * VEC; c++) result.v[c] = from[t + c / VEC].v[c % VEC];
+    store_vector(row + (column + DW * t) * step, result);
+  }
 }
 
 #if PASS == FORWARD
@@ -163,16 +196,17 @@ __device__ __forceinline__ void forward(const T* x, const T* w, const T* b, T* y
   const Steps in(z.D, z.H, z.W, z.C), out(z.OD, z.OH, z.OW, z.O);
   const int rows = (z.OH - at.row_class + DH - 1) / DH;  // of the remainder
   const int last = min(at.row + z.strip, rows);
+  if (last <= at.row) return;  // this remainder has fewer rows
   const int top = at.row_class * SH - z.top;
   const int left = (at.column_class + DW * at.column) * SW - z.left;
-  const unsigned inside = columns_inside<COLUMNS>(left, z.W);
+  const unsigned inside = columns_inside<COLUMNS, LOADED, PHASE>(left, z.W);
   x += at.n * in.example + at.channel / M * in.channel;
   y += at.n * out.example + at.channel * out.channel + at.slice * out.slice;
   const int column = at.column_class + DW * at.column;
 
   // Few weights stay in registers. Many come from the L1 cache for each row; turn is 0, which the
   // compiler does not know: else it takes all of them out of the loop, and spills them.
-  const bool keep = KD == 1 && TAPS * VEC * sizeof(S) <= 40 * 4;
+  const bool keep = KD == 1 && TAPS * VEC * sizeof(S) <= 64 * 4;
   Values<S> kept[keep ? TAPS : 1];
   if (keep) {
 #pragma unroll
@@ -201,7 +235,8 @@ __device__ __forceinline__ void forward(const T* x, const T* w, const T* b, T* y
         const int slice = at.slice * SD + o * DD - z.front;
         if (slice < 0 || slice >= z.D) continue;
         Vector<T, VEC> row[COLUMNS];
-        load_row(row, x, slice * in.slice + r * in.row + left * in.column, DW * in.column, inside);
+        load_row<COLUMNS, LOADED, PHASE>(
+            row, x, slice * in.slice + r * in.row + left * in.column, DW * in.column, inside);
         Values<S> value[COLUMNS];
 #pragma unroll
         for (int s = 0; s < COLUMNS; s++) value[s] = widen(row[s]);
@@ -226,16 +261,14 @@ __device__ __forceinline__ void forward(const T* x, const T* w, const T* b, T* y
     }
     const int ready = k - (LIVE_H - 1);
     if (ready < at.row) continue;
-    T* row = y + (at.row_class + DH * ready) * out.row;
+    Vector<T, VEC> result[TW];
 #pragma unroll
     for (int t = 0; t < TW; t++) {
-      if (column + DW * t >= z.OW) break;
-      Vector<T, VEC> result;
 #pragma unroll
       for (int c = 0; c < VEC; c++)
-        result.v[c] = from_sum<T>(activate(sums[LIVE_H - 1][t].v[c] + bias.v[c]));
-      store_vector(row + (column + DW * t) * out.column, result);
+        result[t].v[c] = from_sum<T>(activate(sums[LIVE_H - 1][t].v[c] + bias.v[c]));
     }
+    store_row(result, y + (at.row_class + DH * ready) * out.row, column, out.column, z.OW);
   }
 }
 #endif
@@ -261,11 +294,11 @@ __device__ __forceinline__ void input_grad(const T* dy, const T* w, T* dx, int t
   const int group = first_column + at.column;
   const int left = at.column_class * SW - z.left + DW * group * SW;        // of dx
   const int source = at.column_class + DW * (group - (LIVE_W - 1));        // of dy
-  const unsigned inside = columns_inside<COLUMNS>(source, z.OW);
+  const unsigned inside = columns_inside<COLUMNS, LOADED, PHASE>(source, z.OW);
   dx += at.n * in.example + at.channel * in.channel + at.slice * in.slice;
   dy += at.n * out.example + at.channel * M * out.channel;
 
-  const bool keep = KD == 1 && M == 1 && TAPS * VEC * sizeof(S) <= 40 * 4;
+  const bool keep = KD == 1 && M == 1 && TAPS * VEC * sizeof(S) <= 64 * 4;
   Values<S> kept[keep ? TAPS : 1];
   if (keep) {
 #pragma unroll
@@ -285,9 +318,10 @@ __device__ __forceinline__ void input_grad(const T* dy, const T* w, T* dx, int t
 #pragma unroll(M > 1 ? 1 : M)
         for (int m = 0; m < M; m++) {
           Vector<T, VEC> row[COLUMNS];
-          load_row(row, dy,
-                   m * out.channel + before / SD * out.slice + i * out.row + source * out.column,
-                   DW * out.column, inside);
+          load_row<COLUMNS, LOADED, PHASE>(
+              row, dy,
+              m * out.channel + before / SD * out.slice + i * out.row + source * out.column,
+              DW * out.column, inside);
           Values<S> value[COLUMNS];
 #pragma unroll
           for (int s = 0; s < COLUMNS; s++) value[s] = widen(row[s]);
@@ -313,15 +347,13 @@ __device__ __forceinline__ void input_grad(const T* dy, const T* w, T* dx, int t
     for (int p = 0; p < SH; p++) {
       const int r = top + DH * (k * SH + p);
       if (k < begin || r < 0 || r >= z.H) continue;
+      Vector<T, VEC> result[TW * SW];
 #pragma unroll
       for (int t = 0; t < TW * SW; t++) {
-        const int s = left + DW * t;
-        if (s < 0 || s >= z.W) continue;
-        Vector<T, VEC> result;
 #pragma unroll
-        for (int c = 0; c < VEC; c++) result.v[c] = from_sum<T>(sums[p][t].v[c]);
-        store_vector(dx + r * in.row + s * in.column, result);
+        for (int c = 0; c < VEC; c++) result[t].v[c] = from_sum<T>(sums[p][t].v[c]);
       }
+      store_row(result, dx + r * in.row, left, in.column, z.W);
     }
 #pragma unroll
     for (int p = 0; p < ROWS; p++) {
@@ -411,10 +443,11 @@ __device__ __forceinline__ void weight_grad(const T* dy, const T* x, typename Su
     if (slice < 0 || slice >= z.D) continue;
     const int row_class = down % DH, first = down / DH * z.strip;
     const int last = min(first + z.strip, (z.OH - row_class + DH - 1) / DH);
+    if (last <= first) continue;
     const int column = across % DW + DW * (across / DW * TW);
     const int top = row_class * SH - z.top, left = column * SW - z.left;
-    const unsigned inside = columns_inside<COLUMNS>(left, z.W);
-    const unsigned there = columns_inside<TW>(column, z.OW);
+    const unsigned inside = columns_inside<COLUMNS, LOADED, PHASE>(left, z.W);
+    const unsigned there = columns_inside<TW, STORED, 0>(column, z.OW);
     const T* source = x + n * in.example + channel / M * in.channel + slice * in.slice;
     const T* above = dy + n * out.example + channel * out.channel + h * out.slice;
 
@@ -427,14 +460,16 @@ __device__ __forceinline__ void weight_grad(const T* dy, const T* x, typename Su
         for (int t = 0; t < TW; t++) grad[m][t] = grad[m - 1][t];
       }
       if (k < last)
-        load_row(grad[0], above, (row_class + DH * k) * out.row + column * out.column,
-                 DW * out.column, there);
+        load_row<TW, STORED, 0>(grad[0], above,
+                                (row_class + DH * k) * out.row + column * out.column,
+                                DW * out.column, there);
 #pragma unroll
       for (int u = 0; u < MIN(SH, KH); u++) {
         const int r = top + DH * (k * SH + u);
         if (r < 0 || r >= z.H || k * SH + u > (last - 1) * SH + KH - 1) continue;
         Vector<T, VEC> row[COLUMNS];
-        load_row(row, source, r * in.row + left * in.column, DW * in.column, inside);
+        load_row<COLUMNS, LOADED, PHASE>(row, source, r * in.row + left * in.column,
+                                         DW * in.column, inside);
         Values<S> value[COLUMNS];
 #pragma unroll
         for (int s = 0; s < COLUMNS; s++) value[s] = widen(row[s]);
@@ -445,7 +480,7 @@ __device__ __forceinline__ void weight_grad(const T* dy, const T* x, typename Su
           if (p >= KH || k - m < first || k - m >= last) continue;
 #pragma unroll
           for (int t = 0; t < TW; t++) {
-            if (!(there >> t & 1)) continue;
+            if (!(there >> t / STORED & 1)) continue;
             const Values<S> d = widen(grad[m][t]);
 #pragma unroll
             for (int q = 0; q < KW; q++) {
@@ -477,21 +512,21 @@ __device__ __forceinline__ void weight_grad(const T* dy, const T* x, typename Su
 
 #if PASS == FORWARD
 #define KERNELS(T, ND, TYPE)                                                                     \
-  extern "C" __global__ void __launch_bounds__(THREADS) conv##ND##d_depthwise_forward_##TYPE(    \
+  extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv##ND##d_depthwise_forward_##TYPE(    \
       const T* __restrict__ x, const T* __restrict__ w, const T* __restrict__ b,                 \
       T* __restrict__ y, int turn, SIZES) {                                                      \
     forward(x, w, b, y, turn, SIZES_OF_NDIM);                                                    \
   }
 #elif PASS == INPUT_GRAD
 #define KERNELS(T, ND, TYPE)                                                                     \
-  extern "C" __global__ void __launch_bounds__(THREADS) conv##ND##d_depthwise_input_grad_##TYPE( \
+  extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv##ND##d_depthwise_input_grad_##TYPE( \
       const T* __restrict__ dy, const T* __restrict__ w, T* __restrict__ dx, int turn,           \
       int first_row, int last_row, int first_column, SIZES) {                                    \
     input_grad(dy, w, dx, turn, first_row, last_row, first_column, SIZES_OF_NDIM);               \
   }
 #elif PASS == INPUT_GATHER
 #define KERNELS(T, ND, TYPE)                                                                     \
-  extern "C" __global__ void __launch_bounds__(THREADS)                                          \
+  extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)                                          \
       conv##ND##d_depthwise_input_gather_##TYPE(const T* __restrict__ dy,                        \
                                                 const T* __restrict__ w, T* __restrict__ dx,     \
                                                 SIZES) {                                         \
@@ -499,7 +534,7 @@ __device__ __forceinline__ void weight_grad(const T* dy, const T* x, typename Su
   }
 #else
 #define KERNELS(T, ND, TYPE)                                                                     \
-  extern "C" __global__ void __launch_bounds__(THREADS) conv##ND##d_depthwise_weight_grad_##TYPE(\
+  extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv##ND##d_depthwise_weight_grad_##TYPE(\
       const T* __restrict__ dy, const T* __restrict__ x, Sum<T>::type* __restrict__ parts,       \
       T* __restrict__ dw, long long share, SIZES) {                                              \
     weight_grad(dy, x, parts, dw, Index(share), SIZES_OF_NDIM);                                  \

@@ -12,14 +12,14 @@ import numpy as np
 
 from gpuconv.activations import Activation, get_activation
 from gpuconv.cuda import kernels, runtime
+from gpuconv.cuda.architecture import GPU, architecture, gpu
 from gpuconv.cuda.epilogue import output_grad, vector_length
+from gpuconv.engines import cuda_arrays
 from gpuconv.engines.base import Engine, Pass
 from gpuconv.engines.cuda_arrays import (
     NULL,
     WIDE_FROM,
     copied,
-    examples_at_once,
-    needs_wide_index,
     parts,
     stored_image,
     stored_weights,
@@ -29,6 +29,7 @@ from gpuconv.engines.cuda_depthwise_tiles import (
     Geometry,
     Tile,
     best_tile,
+    blocks_at_once,
     groups,
     predicted,
 )
@@ -40,7 +41,6 @@ Array = Any
 
 #: Taps that a kernel is compiled for at most: of a plane, and along one axis.
 MOST_TAPS, MOST_ALONG = 64, 32
-_PASSES = {"forward": "FORWARD", "input_grad": "INPUT_GRAD", "weight_grad": "WEIGHT_GRAD"}
 
 
 @lru_cache(maxsize=1024)
@@ -49,6 +49,7 @@ def _variant(
     name: str,
     geometry: Geometry,
     tile: Tile,
+    blocks: int,
     wide_index: bool,
     activation: Activation | None,
 ) -> kernels.Variant:
@@ -64,6 +65,10 @@ def _variant(
         "VEC": str(tile.vector),
         "TW": str(tile.columns),
         "UNROLL": str(tile.unroll),
+        "BLOCKS": str(blocks),
+        "LOADED": str(tile.loaded),
+        "PHASE": str(tile.phase),
+        "STORED": str(tile.stored),
         "CHANNELS_FIRST": str(int(g.channels_first)),
         **kernels.activation_defines(activation),
     }
@@ -82,19 +87,34 @@ def _by_axis(letter: str, values: tuple[int, int, int]) -> dict[str, str]:
     return {letter + axis: str(v) for axis, v in zip("DHW", values, strict=True)}
 
 
+#: The device whose tiles are compiled where there is none: an H100 SXM.
+_SAMPLE = GPU(architecture(90), 90, 132, 1.755e9, 3.35e12, 50 << 20)
+
+
 def sample_variants() -> Iterator[kernels.Variant]:
-    """Yield variants of every pass, rank, dtype, layout and index, with the tiles of known nets."""
-    plain = ConvProblem(32, 384, 384, (56, 56), (3, 3), (1, 1), ((1, 1),) * 2, (1, 1), 384)
-    problems = [
-        plain,
-        replace(plain, stride=(2, 2)),
-        replace(plain, kernel=(5, 5), padding=((2, 2),) * 2, dilation=(2, 1)),
-        replace(plain, kernel=(7, 7), padding=((3, 3),) * 2),
-    ]
+    """Yield variants that between them hold every pass, rank, dtype, layout and index."""
+    square = ConvProblem(32, 144, 144, (56, 56), (3, 3), (1, 1), ((1, 1),) * 2, (1, 1), 144)
+    first = replace(square, layout=CHANNELS_FIRST, activation=get_activation("ReLU"))
+    line = ConvProblem(8, 256, 256, (4096,), (4,), (1,), ((3, 0),), (1,), 256)
+    solid = ConvProblem(2, 32, 32, (8, 8, 8), (3, 3, 3), (1, 1, 1), ((1, 1),) * 3, (1, 1, 1), 32)
+    large = replace(square, kernel=(7, 7), padding=((3, 3),) * 2)
+    both = replace(square, stride=(2, 2), dilation=(2, 2))
     names: tuple[Pass, ...] = ("forward", "input_grad", "weight_grad")
-    for problem in problems:
-        for pass_ in names:
-            pass
+    wanted: list[tuple[ConvProblem, Pass, int]] = [
+        *((problem, pass_, WIDE_FROM) for problem in (square, first, line) for pass_ in names),
+        *((replace(line, dtype="float16"), pass_, WIDE_FROM) for pass_ in names),
+        (replace(line, dtype="float64"), "forward", 0),
+        (replace(line, dtype="float64"), "weight_grad", WIDE_FROM),
+        (replace(line, dtype="bfloat16"), "weight_grad", WIDE_FROM),
+        (replace(square, dtype="bfloat16", stride=(2, 2)), "forward", WIDE_FROM),
+        (replace(first, dtype="float16"), "forward", WIDE_FROM),
+        (replace(first, dtype="bfloat16"), "input_grad", 0),
+        (solid, "forward", WIDE_FROM),
+        (large, "forward", WIDE_FROM),
+        (both, "input_grad", 0),
+    ]  # fmt: skip
+    for problem, pass_, wide_from in wanted:
+        yield _plan(problem, pass_, 16 // problem.itemsize, wide_from, _SAMPLE).variant
 
 
 @dataclass(frozen=True)
@@ -108,14 +128,18 @@ class _Launch:
     sizes: tuple[Any, ...]
 
 
+def _launch(problem: ConvProblem, pass_: Pass, vector: int) -> _Launch:
+    """Return the launch of a pass on the current device with vectors of at most so many elements."""
+    return _plan(problem, pass_, vector, cuda_arrays.WIDE_FROM, gpu())
+
+
 @lru_cache(maxsize=4096)
-def _launch(problem: ConvProblem, pass_: Pass, vector: int, wide_from: int) -> _Launch:
-    """Return the launch of a pass with vectors of at most so many channels."""
+def _plan(problem: ConvProblem, pass_: Pass, vector: int, wide_from: int, device: GPU) -> _Launch:
     g = Geometry.of(problem)
-    tile = best_tile(problem, pass_, vector)
+    tile = best_tile(problem, pass_, vector, device)
     gather = pass_ == "input_grad" and not g.scatters
     name = "input_gather" if gather else pass_
-    cut = groups(problem, pass_, tile)
+    cut = groups(problem, pass_, tile, device)
     sizes = (
         problem.batch, *g.in_shape, problem.in_channels, *g.out_shape, problem.out_channels,
         *g.before, tile.strip, cut.strips, cut.tiles, cut.runs_of,
@@ -133,9 +157,11 @@ def _launch(problem: ConvProblem, pass_: Pass, vector: int, wide_from: int) -> _
         elif not gather:
             rows, columns = g.reached(1), g.reached(2)
             extra = tuple(map(np.int32, (0, rows[0], rows[1], columns[0])))
-    wide = needs_wide_index(problem) or threads + THREADS >= wide_from
+    largest = max(map(math.prod, (problem.x_shape, problem.y_shape, problem.w_shape)))
+    wide = max(largest, threads + THREADS) >= wide_from
     activation = problem.activation if pass_ == "forward" else None
-    variant = _variant(problem.dtype, name, g, tile, wide, activation)
+    blocks = blocks_at_once(problem, pass_, tile)
+    variant = _variant(problem.dtype, name, g, tile, blocks, wide, activation)
     return _Launch(variant, variant.functions[0], grid, block, (*extra, *map(np.int32, sizes)))
 
 
@@ -161,14 +187,16 @@ class CudaDepthwise(Engine):
 
     def cost(self, problem: ConvProblem, pass_: Pass) -> float:
         """Return the longest of memory, caches and arithmetic, at the device's rates."""
-        vector = 16 // problem.itemsize
-        return predicted(problem, pass_, best_tile(problem, pass_, vector))
+        device = gpu()
+        return predicted(
+            problem, pass_, best_tile(problem, pass_, 16 // problem.itemsize, device), device
+        )
 
     def workspace(self, problem: ConvProblem, pass_: Pass) -> int:
         """Return the bytes of the sums of the weight gradient's strips."""
         if pass_ != "weight_grad":
             return 0
-        shares = _launch(problem, pass_, 16 // problem.itemsize, WIDE_FROM).grid[1]
+        shares = _launch(problem, pass_, 16 // problem.itemsize).grid[1]
         return shares * math.prod(problem.w_shape) * _sum_bytes(problem) if shares > 1 else 0
 
     def forward(self, problem: ConvProblem, x: Array, w: Array, b: Array | None, y: Array) -> None:
@@ -200,7 +228,7 @@ class CudaDepthwise(Engine):
             result = wanted if in_place else xp.empty(wanted.shape, wanted.dtype)
             given = xp.ascontiguousarray(given)
             arrays = (given, *weights, result)
-            plan = _launch(part, pass_, _vector(part, arrays), WIDE_FROM)
+            plan = _launch(part, pass_, _vector(part, arrays))
             self._run(plan, arrays)
             if not in_place:
                 wanted[...] = result
@@ -220,9 +248,11 @@ class CudaDepthwise(Engine):
         made = []
         for part, at in parts(problem, copied(dz) + copied(x)):
             images = tuple(xp.ascontiguousarray(a[at]) for a in (dz, x))
-            plan = _launch(part, "weight_grad", _vector(part, images), WIDE_FROM)
+            plan = _launch(part, "weight_grad", _vector(part, images))
             single = plan.grid[1] == 1 and part.batch == problem.batch
-            sums = NULL if single else xp.empty((plan.grid[1], result.size), _sum_dtype(problem))
+            sums: Array = (
+                NULL if single else xp.empty((plan.grid[1], result.size), _sum_dtype(problem))
+            )
             self._run(plan, (*images, sums, result))
             if not single:
                 made.append(sums)
@@ -245,10 +275,12 @@ class CudaDepthwise(Engine):
 
 
 def _vector(problem: ConvProblem, arrays: tuple[Any, ...]) -> int:
-    """Return how many channels may be moved at once."""
-    if problem.layout == CHANNELS_FIRST or problem.out_channels != problem.in_channels:
-        return 1
+    """Return how many elements may be moved at once: channels, or columns if channels are first."""
     there = (a for a in arrays if a is not NULL)
+    if problem.layout == CHANNELS_FIRST:
+        return vector_length(problem.itemsize, 16, *there)
+    if problem.out_channels != problem.in_channels:
+        return 1
     return vector_length(problem.itemsize, problem.in_channels, *there)
 
 

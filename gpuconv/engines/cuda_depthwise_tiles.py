@@ -12,12 +12,24 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-from gpuconv.cuda.architecture import GPU, gpu, resident_blocks
+from gpuconv.cuda.architecture import GPU, resident_blocks
 from gpuconv.engines.base import Engine, Pass
 from gpuconv.engines.cuda_arrays import three
 from gpuconv.problem import CHANNELS_FIRST, ConvProblem
 
-__all__ = ["THREADS", "Geometry", "Groups", "Tile", "Traffic", "best_tile", "predicted", "traffic"]
+__all__ = [
+    "THREADS",
+    "Geometry",
+    "Groups",
+    "Tile",
+    "Traffic",
+    "best_tile",
+    "blocks_at_once",
+    "groups",
+    "predicted",
+    "tiles",
+    "traffic",
+]
 
 #: Of a block; as in the kernels.
 THREADS = 128
@@ -26,7 +38,7 @@ _MOST_REGISTERS, _MOST_SUMS = 168, 112
 #: Of a thread beside its tile: addresses, sizes, loops.
 _OTHER_REGISTERS = 36
 #: Values of weights that stay in registers; as in the kernels.
-_KEPT = 40
+_KEPT = 64
 #: Multiply-adds in the text of a loop: beyond, it leaves the instruction cache.
 _MOST_TEXT = 1600
 #: Columns whose places in the row are kept as bits.
@@ -36,6 +48,8 @@ _IN_FLIGHT = 40_000
 #: Bytes a clock between a multiprocessor and its L1 cache, and the share of the memory's
 #: bandwidth that copies reach.
 _L1_BYTES, _REACHED = 128, 0.9
+#: Instructions of a thread beside its rows: its place, borders, weights.
+_PER_THREAD = 200
 #: Seconds of a launch.
 _LAUNCH = 4e-6
 
@@ -121,12 +135,24 @@ class Tile:
         Rows.
     unroll : int
         Rows in the text of the loop.
+    loaded, phase, stored : int
+        Channels first: columns of a load, how far it begins before the first that is needed,
+        and columns of a store (weight gradients: of a load of ``dy``).
     """
 
     vector: int
     columns: int
     strip: int
     unroll: int
+    loaded: int = 1
+    phase: int = 0
+    stored: int = 1
+
+
+def blocks_at_once(problem: ConvProblem, pass_: Pass, tile: Tile) -> int:
+    """Return how many blocks an SM should hold, which tells the compiler the registers to use."""
+    _, registers = _registers(problem, pass_, tile)
+    return max(1, min(8, 65536 // (THREADS * (registers + registers // 3))))
 
 
 @dataclass(frozen=True)
@@ -163,27 +189,40 @@ def _run(vectors: int) -> int:
     return most if most >= 8 else vectors
 
 
-@lru_cache(maxsize=4096)
-def groups(problem: ConvProblem, pass_: Pass, tile: Tile) -> Groups:
-    """Return how a pass is cut."""
+def _pieces(problem: ConvProblem, pass_: Pass, tile: Tile) -> tuple[int, int, int]:
+    """Return the strips, the tiles, and how many places of tiles there are for each channel."""
     g = Geometry.of(problem)
     strips = -(-g.extent(1, pass_) // tile.strip)
-    tiles = -(-g.extent(2, pass_) // tile.columns)
+    across = -(-g.extent(2, pass_) // tile.columns)
     slices = (g.in_shape if pass_ == "input_grad" else g.out_shape)[0]
-    places = problem.batch * slices * strips * g.dilation[1] * tiles * g.dilation[2]
+    places = problem.batch * slices * strips * g.dilation[1] * across * g.dilation[2]
+    return strips, across, places
+
+
+def _threads(problem: ConvProblem, pass_: Pass, tile: Tile) -> int:
+    channels = problem.in_channels if pass_ == "input_grad" else problem.out_channels
+    return _pieces(problem, pass_, tile)[2] * channels // tile.vector
+
+
+@lru_cache(maxsize=4096)
+def groups(problem: ConvProblem, pass_: Pass, tile: Tile, device: GPU) -> Groups:
+    """Return how a pass is cut."""
+    g = Geometry.of(problem)
+    strips, across, places = _pieces(problem, pass_, tile)
     channels = problem.in_channels if pass_ == "input_grad" else problem.out_channels
     vectors = channels // tile.vector
     run = 1 if g.channels_first else _run(vectors)
     if pass_ != "weight_grad":
-        return Groups(strips, tiles, run, places * vectors)
+        return Groups(strips, across, run, places * vectors)
     lanes = 1 if g.channels_first else min(32, 1 << (vectors - 1).bit_length())
-    across, down = -(-vectors // lanes), THREADS // lanes
+    blocks, down = -(-vectors // lanes), THREADS // lanes
     bytes_of_row = math.prod(problem.w_shape) * (8 if problem.itemsize == 8 else 4)
-    most = min(Engine.workspace_limit() // bytes_of_row, problem.bytes // (16 * bytes_of_row))
-    wanted = -(-8 * gpu().multiprocessors // (across * g.kernel[0]))
+    most = min(Engine.workspace_limit() // bytes_of_row, problem.bytes // (4 * bytes_of_row))
+    wanted = -(-4 * device.multiprocessors // (blocks * g.kernel[0]))
     shares = max(1, min(wanted, most, -(-places // down), 65535))
     share = -(-places // shares)
-    return Groups(strips, tiles, run, places * vectors, across, lanes, -(-places // share), share)
+    shares = -(-places // share)
+    return Groups(strips, across, run, places * vectors, blocks, lanes, shares, share)
 
 
 # ------------------------------------------------------------------------------------- counts
@@ -211,31 +250,44 @@ def _cells(first: int, count: int, step: int, size: int) -> int:
     return max(0, high - low)
 
 
-def _read_along(g: Geometry, axis: int, pass_: Pass, piece: int) -> int:
-    """Return the cells of the image (``x``; ``dy`` for its gradient) read along an axis.
-
-    ``piece`` outputs are computed at a time, and what they need is read once for all of them.
-    """
-    k, s, d = g.kernel[axis], g.stride[axis], g.dilation[axis]
+def _read_rows(g: Geometry, pass_: Pass, strip: int) -> int:
+    """Return the rows of the image (``x``; ``dy`` for its gradient) that all strips read."""
+    k, s, d, size = g.kernel[1], g.stride[1], g.dilation[1], g.in_shape[1]
     total = 0
     for remainder in range(d):
         if pass_ == "input_grad":
-            first, last = g.reached(axis)
-            for begin in range(first, last + 1, piece):
-                count = min(piece, last + 1 - begin) if axis == 1 else piece
-                lead = g.live(axis) - 1
-                total += _cells(remainder + d * (begin - lead), count + lead, d, g.out_shape[axis])
+            first, last = g.reached(1)
+            lead = g.live(1) - 1
+            for begin in range(first, last + 1, strip):
+                count = min(strip, last + 1 - begin) + lead
+                total += _cells(remainder + d * (begin - lead), count, d, g.out_shape[1])
             continue
-        outputs = -(-(g.out_shape[axis] - remainder) // d)
-        for begin in range(0, -(-g.out_shape[axis] // d), piece):
-            count = min(piece, outputs - begin) if axis == 1 else piece
-            if count <= 0:
-                continue
-            at = remainder * s - g.before[axis] + d * begin * s
-            if axis == 1 and s > k:  # rows that no window reads are skipped
-                total += sum(_cells(at + d * i * s, k, d, g.in_shape[1]) for i in range(count))
+        outputs = -(-(g.out_shape[1] - remainder) // d)
+        for begin in range(0, outputs, strip):
+            count = min(strip, outputs - begin)
+            at = remainder * s - g.before[1] + d * begin * s
+            if s > k:  # rows that no window holds are left out
+                total += sum(_cells(at + d * i * s, k, d, size) for i in range(count))
             else:
-                total += _cells(at, (count - 1) * s + k, d, g.in_shape[axis])
+                total += _cells(at, (count - 1) * s + k, d, size)
+    return total
+
+
+def _read_columns(g: Geometry, pass_: Pass, tile: Tile) -> int:
+    """Return the columns of a row of the image that all tiles read."""
+    s, d, p = g.stride[2], g.dilation[2], tile.loaded
+    tiles = -(-g.extent(2, pass_) // tile.columns)
+    loads = -(-(tile.phase + _columns(g, pass_, tile.columns)) // p)
+    total = 0
+    for remainder in range(d):
+        for begin in range(0, tiles * tile.columns, tile.columns):
+            if pass_ == "input_grad":
+                first = remainder + d * (g.reached(2)[0] + begin - (g.live(2) - 1))
+                size = g.out_shape[2]
+            else:
+                first = (remainder + d * begin) * s - g.before[2]
+                size = g.in_shape[2]
+            total += p * _cells(first - tile.phase, loads, p * d, size)
     return total
 
 
@@ -249,8 +301,7 @@ def _depth_pairs(g: Geometry) -> int:
 def traffic(problem: ConvProblem, pass_: Pass, tile: Tile) -> Traffic:
     """Return what a launch moves; exact, but for weights that lie in registers or come per row."""
     g = Geometry.of(problem)
-    rows = _read_along(g, 1, pass_, tile.strip)
-    columns = _read_along(g, 2, pass_, tile.columns)
+    rows, columns = _read_rows(g, pass_, tile.strip), _read_columns(g, pass_, tile)
     each = problem.batch * problem.out_channels * problem.itemsize
     images = each * _depth_pairs(g) * rows * columns
     taps = g.kernel[1] * g.kernel[2]
@@ -259,7 +310,7 @@ def traffic(problem: ConvProblem, pass_: Pass, tile: Tile) -> Traffic:
     if pass_ == "weight_grad":
         images += each * _depth_pairs(g) * g.out_shape[1] * g.out_shape[2]
         return Traffic(images, 0, problem.itemsize * math.prod(problem.w_shape))
-    weights = groups(problem, pass_, tile).threads * per_thread * tile.vector * problem.itemsize
+    weights = _threads(problem, pass_, tile) * per_thread * tile.vector * problem.itemsize
     shape = problem.x_shape if pass_ == "input_grad" else problem.y_shape
     return Traffic(images, weights, problem.itemsize * math.prod(shape))
 
@@ -293,9 +344,31 @@ def _columns(g: Geometry, pass_: Pass, columns: int) -> int:
     return (columns - 1) * g.stride[2] + g.kernel[2]
 
 
-def _tiles(problem: ConvProblem, pass_: Pass, most_vector: int) -> Iterator[Tile]:
+def _along_columns(
+    g: Geometry, pass_: Pass, columns: int, most: int, source_row: int, target_row: int
+) -> tuple[int, int, int]:
+    """Return columns of a load, its phase, and columns of a store, channels first."""
+    if g.dilation[2] > 1 or not g.channels_first:
+        return 1, 0, 1
+    step, first = g.stride[2], -g.before[2]
+    wanted = 0  # the first column that is written
+    if pass_ == "input_grad":
+        first, step = g.reached(2)[0] - (g.live(2) - 1), 1
+        wanted = g.reached(2)[0] * g.stride[2] - g.before[2]
+    loaded = stored = most
+    while source_row % loaded or columns * step % loaded:
+        loaded //= 2
+    outputs = columns * g.stride[2] if pass_ == "input_grad" else columns
+    while target_row % stored or outputs % stored or wanted % stored:
+        stored //= 2
+    return loaded, first % loaded, stored
+
+
+def tiles(problem: ConvProblem, pass_: Pass, most_vector: int) -> Iterator[Tile]:
     """Yield the tiles that fit the registers and the instruction cache."""
     g = Geometry.of(problem)
+    rows_of = (g.out_shape[2], g.in_shape[2])
+    source_row, target_row = rows_of if pass_ == "input_grad" else rows_of[::-1]
     wide = g.channels_first or g.multiplier > 1
     channels = problem.in_channels
     vectors = [1] if wide else [v for v in (8, 4, 2, 1) if v <= most_vector and channels % v == 0]
@@ -303,8 +376,10 @@ def _tiles(problem: ConvProblem, pass_: Pass, most_vector: int) -> Iterator[Tile
     lengths = sorted({-(-rows // n) for n in (1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 128, 256, 1024)})
     text = g.kernel[1] * g.kernel[2]
     for vector in vectors:
-        for columns in (1,) if g.channels_first else (1, 2, 3, 4, 5, 6, 7, 8):
-            if columns > max(1, across) or _columns(g, pass_, columns) > _MOST_COLUMNS:
+        for columns in (1, 2, 4, 8, 16) if g.channels_first else (1, 2, 3, 4, 5, 6, 7, 8):
+            if (columns > 1 and columns >= 2 * across) or _columns(
+                g, pass_, columns
+            ) > _MOST_COLUMNS:
                 continue
             probe = Tile(vector, columns, 1, 1)
             sums, held = _registers(problem, pass_, probe)
@@ -316,21 +391,16 @@ def _tiles(problem: ConvProblem, pass_: Pass, most_vector: int) -> Iterator[Tile
             # As many rows as sums wait: then none of them moves from register to register.
             turns = max(g.live(1), 4 if text * vector * columns <= 16 else 1)
             unroll = turns if text * vector * columns * turns <= _MOST_TEXT else 1
+            most = most_vector if g.channels_first else 1
+            more = _along_columns(g, pass_, columns, most, source_row, target_row)
             for strip in lengths:
-                yield Tile(vector, columns, strip, unroll)
+                yield Tile(vector, columns, strip, unroll, *more)
 
 
-def predicted(problem: ConvProblem, pass_: Pass, tile: Tile) -> float:
+def predicted(problem: ConvProblem, pass_: Pass, tile: Tile, device: GPU) -> float:
     """Return the seconds of a pass: the longest of memory, L1 cache and arithmetic."""
-    return _seconds(problem, pass_, tile, gpu())
-
-
-def _seconds(problem: ConvProblem, pass_: Pass, tile: Tile, device: GPU) -> float:
-    g, cut, moved = (
-        Geometry.of(problem),
-        groups(problem, pass_, tile),
-        traffic(problem, pass_, tile),
-    )
+    g, cut = Geometry.of(problem), groups(problem, pass_, tile, device)
+    moved = traffic(problem, pass_, tile)
     a, count = device.architecture, device.multiprocessors
     _, registers = _registers(problem, pass_, tile)
     blocks = max(1, -(-cut.threads // THREADS))
@@ -342,20 +412,30 @@ def _seconds(problem: ConvProblem, pass_: Pass, tile: Tile, device: GPU) -> floa
     if pass_ == "weight_grad":
         per_thread += tile.columns * tile.vector * problem.itemsize
     flight = busy * per_thread * min(tile.unroll, 4)
-    # Beside what must move, halves of the windows' overlap are taken to miss the L1 cache.
+    # Beside what must move, an eighth of what is read again is taken to miss the caches; the
+    # sums of strips are written and read.
     least = problem.bytes
     again = max(0, moved.images + moved.written - least)
+    if pass_ == "weight_grad" and cut.shares > 1:
+        again += 16 * cut.shares * math.prod(problem.w_shape) * max(4, problem.itemsize)
     memory = (least + again / 8) / (device.bandwidth * _REACHED * min(1.0, flight / _IN_FLIGHT))
     spread = min(1.0, blocks / count)
-    narrow = 32 * tile.vector * problem.itemsize  # that a warp asks for at once
-    cache = (moved.images + moved.written + moved.weights) / (
+    # Of the lines that a warp asks for at once, the part that it needs.
+    narrow = 32 * tile.vector * tile.loaded * problem.itemsize
+    apart = max(1, tile.columns * g.stride[2] // tile.loaded) if g.channels_first else 1
+    cache = ((moved.images + moved.written) * apart + moved.weights) / (
         min(_L1_BYTES, narrow) * device.clock * count * spread
     )
     columns = cut.tiles * tile.columns * g.dilation[2]
     padded = columns / (g.extent(2, pass_) * g.dilation[2])
     lead = (tile.strip + g.live(1) - 1) / tile.strip if pass_ == "forward" else 1.0
     hidden = min(1.0, busy / 256)
-    arithmetic = problem.flops * padded * lead / (device.flops(problem.dtype) * spread * hidden)
+    arithmetic = problem.flops * padded * lead / device.flops(problem.dtype)
+    steps = tile.strip + g.live(1) - 1
+    loads = (tile.phase + _columns(g, pass_, tile.columns)) / tile.loaded
+    each = _PER_THREAD + steps * (4 * loads * min(g.stride[1], g.kernel[1]) + 3 * tile.columns)
+    arithmetic += cut.threads * each / (128 * count * device.clock)
+    arithmetic /= spread * hidden
     launches = 1 if pass_ != "weight_grad" or cut.shares == 1 else 2
     waves = blocks / (resident * count)
     tail = math.ceil(waves) / waves if waves > 1 else 1.0
@@ -363,12 +443,7 @@ def _seconds(problem: ConvProblem, pass_: Pass, tile: Tile, device: GPU) -> floa
 
 
 @lru_cache(maxsize=4096)
-def _best(problem: ConvProblem, pass_: Pass, most_vector: int, device: GPU) -> Tile:
-    found = _tiles(problem, pass_, most_vector)
-    return min(found, key=lambda tile: _seconds(problem, pass_, tile, device))
-
-
-def best_tile(problem: ConvProblem, pass_: Pass, most_vector: int) -> Tile:
+def best_tile(problem: ConvProblem, pass_: Pass, most_vector: int, device: GPU) -> Tile:
     """Return the tile of the least predicted time with vectors of at most ``most_vector``."""
     g = Geometry.of(problem)
     if pass_ == "input_grad" and not g.scatters:
@@ -376,4 +451,5 @@ def best_tile(problem: ConvProblem, pass_: Pass, most_vector: int) -> Tile:
         while problem.in_channels % vector:
             vector //= 2
         return Tile(vector, 1, 1, 1)
-    return _best(problem, pass_, most_vector, gpu())
+    found = tiles(problem, pass_, most_vector)
+    return min(found, key=lambda tile: predicted(problem, pass_, tile, device))
