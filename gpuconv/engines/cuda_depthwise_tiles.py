@@ -35,6 +35,8 @@ __all__ = [
 THREADS = 128
 #: Registers that a tile may need, and those that its sums may.
 _MOST_REGISTERS, _MOST_SUMS = 168, 112
+#: Sums of the least tile of an input gradient.
+_MOST_SCATTERED = 64
 #: Of a thread beside its tile: addresses, sizes, loops.
 _OTHER_REGISTERS = 36
 #: Values of weights that stay in registers; as in the kernels.
@@ -100,8 +102,12 @@ class Geometry:
 
     @property
     def scatters(self) -> bool:
-        """Whether no axis of a plane has both a stride and a dilation."""
-        return all(1 in pair for pair in zip(self.stride[1:], self.dilation[1:], strict=True))
+        """Whether rows of ``dy`` can be scattered into sums in registers.
+
+        No axis of a plane has both a stride and a dilation, and there are few enough sums.
+        """
+        single = all(1 in pair for pair in zip(self.stride[1:], self.dilation[1:], strict=True))
+        return single and max(self.kernel[1], self.stride[1]) * self.stride[2] <= _MOST_SCATTERED
 
     def reached(self, axis: int) -> tuple[int, int]:
         """Return the first and the last group of ``stride * dilation`` cells in the input."""
@@ -297,6 +303,13 @@ def _depth_pairs(g: Geometry) -> int:
     return sum(_cells(h * s - g.before[0], k, d, g.in_shape[0]) for h in range(g.out_shape[0]))
 
 
+def _kept(problem: ConvProblem, tile: Tile) -> bool:
+    """Return whether a thread's weights stay in registers."""
+    g = Geometry.of(problem)
+    words = g.kernel[1] * g.kernel[2] * tile.vector * (2 if problem.itemsize == 8 else 1)
+    return g.kernel[0] == 1 and words <= _KEPT
+
+
 @lru_cache(maxsize=4096)
 def traffic(problem: ConvProblem, pass_: Pass, tile: Tile) -> Traffic:
     """Return what a launch moves; exact, but for weights that lie in registers or come per row."""
@@ -305,7 +318,7 @@ def traffic(problem: ConvProblem, pass_: Pass, tile: Tile) -> Traffic:
     each = problem.batch * problem.out_channels * problem.itemsize
     images = each * _depth_pairs(g) * rows * columns
     taps = g.kernel[1] * g.kernel[2]
-    kept = g.kernel[0] == 1 and taps * tile.vector * (problem.itemsize // 8 + 1) <= _KEPT
+    kept = _kept(problem, tile)
     per_thread = taps * (1 if kept else g.kernel[0] * tile.strip)
     if pass_ == "weight_grad":
         images += each * _depth_pairs(g) * g.out_shape[1] * g.out_shape[2]
@@ -332,8 +345,7 @@ def _registers(problem: ConvProblem, pass_: Pass, tile: Tile) -> tuple[int, int]
         sums = taps + -(-g.live(1) * tile.columns * raw // (tile.vector * word))
     held = sums + columns
     if pass_ != "weight_grad":
-        kept = g.kernel[0] == 1 and taps * tile.vector * word <= _KEPT
-        held += taps if kept else g.kernel[2]
+        held += taps if _kept(problem, tile) else g.kernel[2]
     return sums * tile.vector * word, held * tile.vector * word + _OTHER_REGISTERS
 
 
@@ -426,14 +438,21 @@ def predicted(problem: ConvProblem, pass_: Pass, tile: Tile, device: GPU) -> flo
     cache = ((moved.images + moved.written) * apart + moved.weights) / (
         min(_L1_BYTES, narrow) * device.clock * count * spread
     )
-    columns = cut.tiles * tile.columns * g.dilation[2]
-    padded = columns / (g.extent(2, pass_) * g.dilation[2])
+    padded = cut.tiles * tile.columns / g.extent(2, pass_)
     lead = (tile.strip + g.live(1) - 1) / tile.strip if pass_ == "forward" else 1.0
     hidden = min(1.0, busy / 256)
     arithmetic = problem.flops * padded * lead / device.flops(problem.dtype)
+    # Beside the multiply-adds: loads with their borders, stores, and for 16-bit types and weights
+    # that come from the cache, conversions.
     steps = tile.strip + g.live(1) - 1
-    loads = (tile.phase + _columns(g, pass_, tile.columns)) / tile.loaded
-    each = _PER_THREAD + steps * (4 * loads * min(g.stride[1], g.kernel[1]) + 3 * tile.columns)
+    columns, taps = _columns(g, pass_, tile.columns), g.kernel[1] * g.kernel[2]
+    step = 4 * (tile.phase + columns) / tile.loaded * min(g.stride[1], g.kernel[1])
+    step += 3 * tile.columns
+    narrowed = tile.vector if problem.itemsize == 2 else 0
+    step += narrowed * (columns + tile.columns)
+    if pass_ != "weight_grad" and not _kept(problem, tile):
+        step += taps * (2 + narrowed)
+    each = _PER_THREAD + steps * step
     arithmetic += cut.threads * each / (128 * count * device.clock)
     arithmetic /= spread * hidden
     launches = 1 if pass_ != "weight_grad" or cut.shares == 1 else 2
