@@ -151,7 +151,7 @@ def pick_any(data: st.DataObject) -> Callable[[list[tiles.Tile]], tiles.Tile]:
 
 @given(data=st.data())
 @settings(
-    max_examples=10,
+    max_examples=8,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
@@ -257,12 +257,12 @@ def test_weight_gradients_have_the_same_bits_whatever_the_order(
     monkeypatch.setattr(cuda_depthwise, "gpu", lambda: H100)
     chosen["draw"] = lambda found: min(found, key=lambda tile: (tile.columns, tile.strip))
     rng = np.random.default_rng(0)
-    x, dy = rng.standard_normal((2, 3, 40, 40, 8)).astype("float32")
+    x, dy = rng.standard_normal((2, 1, 40, 20, 4)).astype("float32")
     for layout in ("NHWC", "NCHW"):
         found = set()
         for seed in range(3):
             with home("cuda_depthwise", "checked", seed) as cp, gpuconv.engine("cuda_depthwise"):
-                a, d, w = (cp.asarray(v) for v in (x, dy, np.zeros((3, 3, 1, 8), "float32")))
+                a, d, w = (cp.asarray(v) for v in (x, dy, np.zeros((3, 3, 1, 4), "float32")))
                 if layout == "NCHW":
                     a, d, w = (
                         a.transpose(0, 3, 1, 2),
@@ -270,7 +270,7 @@ def test_weight_gradients_have_the_same_bits_whatever_the_order(
                         w.transpose(3, 2, 0, 1),
                     )
                 _, dw, _ = gpuconv.conv2d_backward(
-                    d, a, w, padding=1, groups=8, layout=layout, needs="w"
+                    d, a, w, padding=1, groups=4, layout=layout, needs="w"
                 )
                 found.add(host(dw).tobytes())
                 if not real_gpu():
