@@ -11,17 +11,17 @@
 // read meets KH * KW weights, 18 FLOPs for 3x3. At 8 bytes an element (one read, one written, in
 // float32) that is 2.3 FLOPs a byte, and a GPU does 20 in that time. What counts is to read every
 // number from memory once, and to ask the caches for it as seldom as possible. 7x7 is the turning
-// point: 98 FLOPs and 8 bytes take about as long as each other, and in 16 bits the FLOPs take longer.
+// point: 98 FLOPs and 8 bytes take about as long as each other; in 16 bits the FLOPs take longer.
 //
-// The idea: a window that slides in registers. A thread takes VEC channels (16 bytes side by
-// side, so a warp reads 512 bytes in order) and TW outputs along a row, and walks down the rows. An
-// input row is loaded once, and added at once into every output row that it belongs to, whose
-// sums wait in registers: LIVE = ceil(KH/SH) of them. Then the uppermost is complete, is
-// finished with bias and activation, is written, and the others move up. So a strip of L rows
-// reads (L-1)*SH + KH rows, not L*KH, and a row of TW outputs (TW-1)*SW + KW columns, not TW*KW; what
-// neighbouring threads of a block both read is in the L1 cache. Gradients of the input scatter in the
-// same way: a row of dy is added into the KH rows of dx that it reaches, and SH of these are
-// complete. The weights' gradient keeps KH*KW sums for the taps, and the LIVE rows of dy.
+// The idea: a window that slides in registers. A thread takes VEC channels (up to 16 bytes; a warp
+// reads 128 to 512 bytes in order) and TW outputs along a row, and walks down the rows. An input
+// row is loaded once, and added at once into every output row that it belongs to, whose sums wait
+// in registers: LIVE = ceil(KH/SH) of them. Then the uppermost is complete, is finished with bias
+// and activation, is written, and the others move up. So a strip of L rows reads (L-1)*SH + KH
+// rows, not L*KH, and a row of TW outputs (TW-1)*SW + KW columns, not TW*KW; what neighbouring
+// threads of a block both read is in the L1 cache. Gradients of the input scatter in the same way:
+// a row of dy is added into the KH rows of dx that it reaches, and SH of these are complete. The
+// weights' gradient keeps KH*KW sums for the taps, and the LIVE rows of dy.
 //
 // A single axis takes the place of the rows, channels last: 4 taps of a sequence are LIVE = 4 sums,
 // and no number is read twice but where strips meet.
@@ -49,156 +49,20 @@
 //     4 taps of a sequence      1.00 - 1.01   1.00            1.12 - 1.25   1.00
 //
 // (forward, input_grad, weight_grad; tests/depthwise_bytes.py counts all of them, in 16 bits too.)
-// A GPU's L1 caches give about nine times the bytes of its memory, so 2.0 does not hurt; wider tiles
-// for 7x7 would, for want of registers: 7 rows of sums and 49 weights are there already.
+// A GPU's L1 caches give about nine times the bytes of its memory, so 2.0 does not hurt; wider
+// tiles for 7x7 would, for want of registers: 7 rows of sums and 49 weights are there already.
 //
 // No atomics: weight_grad sums strips, and reduce.cuh puts them together in one order.
 //
-// Compile-time constants: PASS (FORWARD, INPUT_GRAD, INPUT_GATHER, WEIGHT_GRAD); NDIM; KD KH KW, SD SH
-// SW, DD DH DW, 1 for axes that are not there; M; VEC, which divides the channels and, with the
-// type's size, all addresses (1 if M > 1 or CHANNELS_FIRST); TW; LOADED, PHASE; STORED, the columns
-// of a store (of a load of dy for WEIGHT_GRAD); LOADED and STORED are 1 unless CHANNELS_FIRST, and
-// divide the rows; UNROLL; BLOCKS that an SM should hold; CHANNELS_FIRST, DTYPE_*, INDEX_64, ACT. All tensors are contiguous, weights (KD, KH, KW, 1, O) or (O, 1, KD, KH, KW).
+// Compile-time constants: PASS (FORWARD, INPUT_GRAD, INPUT_GATHER, WEIGHT_GRAD); NDIM; KD KH KW,
+// SD SH SW, DD DH DW, 1 for axes that are not there; M; VEC, which divides the channels, and its
+// bytes all addresses (1 if M > 1 or CHANNELS_FIRST); TW; LOADED, PHASE; STORED, the columns of a
+// store (of a load of dy for WEIGHT_GRAD); LOADED and STORED are 1 unless CHANNELS_FIRST, and
+// divide the rows; UNROLL; BLOCKS that an SM should hold; CHANNELS_FIRST, DTYPE_*, INDEX_64, ACT.
+// All tensors are contiguous, weights (KD, KH, KW, 1, O) or (O, 1, KD, KH, KW). Blocks have
+// THREADS threads, (x, y) of them for WEIGHT_GRAD, x and y powers of two.
 
-#include "common.cuh"
-#include "activations.cuh"
-#include "vector.cuh"
-#include "reduce.cuh"
-
-#define FORWARD 0
-#define INPUT_GRAD 1
-#define INPUT_GATHER 2
-#define WEIGHT_GRAD 3
-
-#define THREADS 128
-#define TAPS (KH * KW)
-// Outputs whose windows hold one input, along rows and columns.
-#define LIVE_H ((KH + SH - 1) / SH)
-#define LIVE_W ((KW + SW - 1) / SW)
-#define MAX(a, b) ((a) > (b) ? (a) : (b))
-#define MIN(a, b) ((a) < (b) ? (a) : (b))
-
-// Sizes of x (D, H, W, C) and y (OD, OH, OW, O), zeros before x, and how the work is cut: strips
-// of so many rows (of one remainder by DH), tiles of TW columns (of one remainder by DW), runs of
-// so many vectors of channels.
-struct Sizes {
-  int N, D, H, W, C, OD, OH, OW, O, front, top, left;
-  int strip, strips, tiles, lanes;
-};
-#define SIZES                                                                                    \
-  int N, int D, int H, int W, int C, int OD, int OH, int OW, int O, int front, int top,          \
-      int left, int strip, int strips, int tiles, int lanes
-// The same, with axes that are not there as constants.
-#define ROW_AXIS (NDIM > 1 || !CHANNELS_FIRST)
-#define COLUMN_AXIS (NDIM > 1 || CHANNELS_FIRST)
-#define SIZES_OF_NDIM                                                                            \
-  Sizes {                                                                                        \
-    N, NDIM > 2 ? D : 1, ROW_AXIS ? H : 1, COLUMN_AXIS ? W : 1, C, NDIM > 2 ? OD : 1,            \
-        ROW_AXIS ? OH : 1, COLUMN_AXIS ? OW : 1, O, NDIM > 2 ? front : 0, top, left, strip,      \
-        ROW_AXIS ? strips : 1, COLUMN_AXIS ? tiles : 1, CHANNELS_FIRST ? 1 : lanes               \
-  }
-
-// Steps in memory from element to element of an image.
-struct Steps {
-  Index column, row, slice, channel, example;
-  __device__ __forceinline__ Steps(Index D, Index H, Index W, Index C) {
-    column = CHANNELS_FIRST ? 1 : C;
-    row = W * column;
-    slice = H * row;
-    channel = CHANNELS_FIRST ? D * slice : 1;
-    example = C * D * H * W;
-  }
-};
-
-// The part of the work with number e. Neighbours take a run of lanes vectors of channels, then the
-// tiles of a row, then the next rows: what they read is side by side, or the same.
-struct Place {
-  int n, slice, channel;
-  int row_class, row, column_class, column;  // remainder by DH and DW; first of strip and tile
-  __device__ __forceinline__ Place(Index e, int slices, int vectors, const Sizes& z) {
-    const int lane = int(e % z.lanes);
-    e /= z.lanes;
-    const int across = int(e % (z.tiles * DW));
-    e /= z.tiles * DW;
-    const int down = int(e % (z.strips * DH));
-    e /= z.strips * DH;
-    slice = int(e % slices), e /= slices;
-    const int runs = vectors / z.lanes;
-    channel = (int(e % runs) * z.lanes + lane) * VEC;
-    n = int(e / runs);
-    row_class = down % DH, row = down / DH * z.strip;
-    column_class = across % DW, column = across / DW * TW;
-  }
-};
-
-template <typename S> struct Values {
-  S v[VEC];
-};
-
-template <typename T>
-__device__ __forceinline__ Values<typename Sum<T>::type> widen(const Vector<T, VEC>& from) {
-  Values<typename Sum<T>::type> to;
-#pragma unroll
-  for (int c = 0; c < VEC; c++) to.v[c] = to_sum(from.v[c]);
-  return to;
-}
-
-// The weights of a tap for the channels from o on.
-template <typename T>
-__device__ __forceinline__ Values<typename Sum<T>::type> weights_at(const T* w, int tap, Index o,
-                                                                    Index O) {
-  return widen(load_vector<VEC>(w + (CHANNELS_FIRST ? o * (KD * TAPS) + tap : tap * O + o)));
-}
-
-// Bits of the loads for N columns first, first + DW, ... that lie within 0 ... width - 1. A load
-// has P columns, channels first; it begins at a multiple of P, FIRST columns before the first.
-template <int N, int P, int FIRST>
-__device__ __forceinline__ unsigned columns_inside(int first, int width) {
-  unsigned inside = 0;
-#pragma unroll
-  for (int s = 0; s * P < FIRST + N; s++) {
-    const int at = first - FIRST + s * P * DW;
-    if (at >= 0 && at < width) inside |= 1u << s;
-  }
-  return inside;
-}
-
-// Loads N columns of a row from at on, step apart; those outside are zeros.
-template <int N, int P, int FIRST, typename T>
-__device__ __forceinline__ void load_row(Vector<T, VEC> (&to)[N], const T* from, Index at,
-                                         Index step, unsigned inside) {
-  const T zero = from_sum<T>(typename Sum<T>::type(0));
-  Vector<T, P * VEC> loaded[(FIRST + N + P - 1) / P];
-#pragma unroll
-  for (int s = 0; s * P < FIRST + N; s++) {
-    if (inside >> s & 1) {
-      loaded[s] = load_vector<P * VEC>(from + at + (s * P - FIRST) * step);
-    } else {
-#pragma unroll
-      for (int c = 0; c < P * VEC; c++) loaded[s].v[c] = zero;
-    }
-  }
-#pragma unroll
-  for (int s = 0; s < N; s++) {
-#pragma unroll
-    for (int c = 0; c < VEC; c++)
-      to[s].v[c] = loaded[(FIRST + s) / P].v[(FIRST + s) % P * VEC + c];
-  }
-}
-
-// Stores those of N columns that lie within 0 ... width - 1; column is the first one's.
-template <int N, typename T>
-__device__ __forceinline__ void store_row(const Vector<T, VEC> (&from)[N], T* row, int column,
-                                          Index step, int width) {
-#pragma unroll
-  for (int t = 0; t < N; t += STORED) {
-    if (column + DW * t < 0 || column + DW * t >= width) continue;
-    Vector<T, STORED * VEC> result;
-#pragma unroll
-    for (int c = 0; c < STORED * VEC; c++) result.v[c] = from[t + c / VEC].v[c % VEC];
-    store_vector(row + (column + DW * t) * step, result);
-  }
-}
+#include "depthwise.cuh"
 
 #if PASS == FORWARD
 #define COLUMNS ((TW - 1) * SW + KW)  // that TW outputs read
@@ -295,8 +159,9 @@ __device__ __forceinline__ void forward(const T* x, const T* w, const T* b, T* y
 #define ROWS MAX(KH, SH)           // of dx that a row of dy reaches, or completes
 
 // Rows of dx go with those of dy in groups of SH: group k, row p of it (p may go beyond, into
-// the next groups) is row row_class * SH - top + DH * (k * SH + p), and dy's row row_class + DH * k has
-// tap p there. first_row and first_column are the groups that hold the image's first cells.
+// the next groups) is row row_class * SH - top + DH * (k * SH + p), and dy's row
+// row_class + DH * k has tap p there. first_row and first_column are the groups that hold the
+// image's first cells.
 template <typename T>
 __device__ __forceinline__ void input_grad(const T* dy, const T* w, T* dx, int turn,
                                            int first_row, int last_row, int first_column,
@@ -353,7 +218,8 @@ __device__ __forceinline__ void input_grad(const T* dy, const T* w, T* dx, int t
               for (int t = 0; t < TW; t++) {
 #pragma unroll
                 for (int c = 0; c < VEC; c++)
-                  sums[p][t * SW + q % SW].v[c] += value[t + LIVE_W - 1 - q / SW].v[c] * weight.v[c];
+                  sums[p][t * SW + q % SW].v[c] +=
+                      value[t + LIVE_W - 1 - q / SW].v[c] * weight.v[c];
               }
             }
           }
@@ -527,31 +393,30 @@ __device__ __forceinline__ void weight_grad(const T* dy, const T* x, typename Su
 }
 #endif
 
+#define KERNEL extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #if PASS == FORWARD
 #define KERNELS(T, ND, TYPE)                                                                     \
-  extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv##ND##d_depthwise_forward_##TYPE(    \
-      const T* __restrict__ x, const T* __restrict__ w, const T* __restrict__ b,                 \
-      T* __restrict__ y, int turn, SIZES) {                                                      \
+  KERNEL conv##ND##d_depthwise_forward_##TYPE(const T* __restrict__ x, const T* __restrict__ w,  \
+                                              const T* __restrict__ b, T* __restrict__ y,        \
+                                              int turn, SIZES) {                                 \
     forward(x, w, b, y, turn, SIZES_OF_NDIM);                                                    \
   }
 #elif PASS == INPUT_GRAD
 #define KERNELS(T, ND, TYPE)                                                                     \
-  extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv##ND##d_depthwise_input_grad_##TYPE( \
+  KERNEL conv##ND##d_depthwise_input_grad_##TYPE(                                                \
       const T* __restrict__ dy, const T* __restrict__ w, T* __restrict__ dx, int turn,           \
       int first_row, int last_row, int first_column, SIZES) {                                    \
     input_grad(dy, w, dx, turn, first_row, last_row, first_column, SIZES_OF_NDIM);               \
   }
 #elif PASS == INPUT_GATHER
 #define KERNELS(T, ND, TYPE)                                                                     \
-  extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)                                          \
-      conv##ND##d_depthwise_input_gather_##TYPE(const T* __restrict__ dy,                        \
-                                                const T* __restrict__ w, T* __restrict__ dx,     \
-                                                SIZES) {                                         \
+  KERNEL conv##ND##d_depthwise_input_gather_##TYPE(                                              \
+      const T* __restrict__ dy, const T* __restrict__ w, T* __restrict__ dx, SIZES) {            \
     input_gather(dy, w, dx, SIZES_OF_NDIM);                                                      \
   }
 #else
 #define KERNELS(T, ND, TYPE)                                                                     \
-  extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) conv##ND##d_depthwise_weight_grad_##TYPE(\
+  KERNEL conv##ND##d_depthwise_weight_grad_##TYPE(                                               \
       const T* __restrict__ dy, const T* __restrict__ x, Sum<T>::type* __restrict__ parts,       \
       T* __restrict__ dw, long long share, SIZES) {                                              \
     weight_grad(dy, x, parts, dw, Index(share), SIZES_OF_NDIM);                                  \
