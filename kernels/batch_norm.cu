@@ -19,6 +19,7 @@
 
 #include "common.cuh"
 #include "activations.cuh"
+#include "reduce.cuh"
 
 #define LANES 32
 #define WARPS 8
@@ -84,32 +85,25 @@ __device__ __forceinline__ void grad_sums(const T* dy, const T* y, const T* x,
                                           typename Sum<T>::type* parts, Index rows, Index columns,
                                           Index strip) {
   typedef typename Sum<T>::type S;
-  __shared__ S products[WARPS][LANES];
-  __shared__ S sums[WARPS][LANES];
+  __shared__ S shared[2 * LANES * WARPS];
   const Index column = Index(blockIdx.x) * LANES + threadIdx.x;
   const Index begin = Index(blockIdx.y) * strip;
   const Index end = begin + strip < rows ? begin + strip : rows;
-  S product = 0, sum = 0;
+  S sums[2] = {S(0), S(0)};  // of the products, and of d
   if (column < columns) {
     const S centre = mean[column];
     for (Index row = begin + threadIdx.y; row < end; row += WARPS) {
       const Index e = row * columns + column;
       S d = to_sum(dy[e]);
       if (y != nullptr) d *= activation_grad(to_sum(y[e]));
-      product += d * (to_sum(x[e]) - centre);
-      sum += d;
+      sums[0] += d * (to_sum(x[e]) - centre);
+      sums[1] += d;
     }
   }
-  products[threadIdx.y][threadIdx.x] = product;
-  sums[threadIdx.y][threadIdx.x] = sum;
-  __syncthreads();
+  block_sums(sums, shared);
   if (threadIdx.y != 0 || column >= columns) return;
-  for (int warp = 1; warp < WARPS; warp++) {
-    product += products[warp][threadIdx.x];
-    sum += sums[warp][threadIdx.x];
-  }
-  parts[(Index(blockIdx.y) * 2 + 0) * columns + column] = product;
-  parts[(Index(blockIdx.y) * 2 + 1) * columns + column] = sum;
+  parts[(Index(blockIdx.y) * 2 + 0) * columns + column] = sums[0];
+  parts[(Index(blockIdx.y) * 2 + 1) * columns + column] = sums[1];
 }
 
 template <typename T>

@@ -165,6 +165,20 @@ def test_the_variants_hold_every_kernel_dtype_layout_index_and_activation() -> N
         f"batch_norm_{part}_{t}"
         for part in ("moments", "normalize", "grad_sums", "grad")
         for t in ("bf16", "f16", "f32", "f64")
+    } | {
+        f"epilogue_{part}_{t}"
+        for part in ("grad_last", "grad_first", "bias_sums")
+        for t in ("bf16", "f16", "f32", "f64")
+    } | {
+        f"conv{nd}_depthwise_{p}_{t}"
+        for p, kinds_of in {
+            "forward": ("1d f16", "1d f32", "1d f64", "2d bf16", "2d f16", "2d f32", "3d f32"),
+            "input_grad": ("1d f16", "1d f32", "2d bf16", "2d f32"),
+            "input_gather": ("2d f32",),
+            "weight_grad": ("1d bf16", "1d f16", "1d f32", "1d f64", "2d f32"),
+            "weight_sums": ("1d bf16", "1d f16", "1d f32", "1d f64", "2d f32"),
+        }.items()
+        for nd, t in map(str.split, kinds_of)
     }
     kinds = {(v.dtype, kind(v)) for v in VARIANTS}
     for dtype in ("bfloat16", "float16", "float32", "float64"):

@@ -215,8 +215,10 @@ def clear() -> None:
 
 def variants() -> Iterator[Variant]:
     """Yield variants that between them compile every kernel with every kind of constant."""
-    from gpuconv.cuda import normalization
-    from gpuconv.engines import cuda_atomic
+    from gpuconv.cuda import epilogue, normalization
+    from gpuconv.engines import cuda_atomic, cuda_depthwise
 
     yield from cuda_atomic.sample_variants()
     yield from normalization.sample_variants()
+    yield from epilogue.sample_variants()
+    yield from cuda_depthwise.sample_variants()

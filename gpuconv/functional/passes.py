@@ -6,7 +6,7 @@ bilinear forms: what is conjugated in the gradients of complex arrays is conjuga
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -15,16 +15,18 @@ import numpy as np
 from gpuconv import dispatch, settings, threads
 from gpuconv.activations import Activation
 from gpuconv.cuda import runtime
+from gpuconv.cuda.epilogue import example_bytes, output_grad
 from gpuconv.device import CPU, Device, device_of, namespace
-from gpuconv.engines.base import Engine, epilogue_grad
+from gpuconv.engines.base import Engine
 from gpuconv.engines.epilogue import backward_by_parts
 from gpuconv.functional.plan import Plan, activation_argument, hashable, make_plan
 from gpuconv.interop import dlpack
-from gpuconv.problem import COMPLEX, DTYPES, ConvProblem
+from gpuconv.problem import CHANNELS_FIRST, COMPLEX, DTYPES, ConvProblem
 from gpuconv.profiling import ranges
 
 __all__ = [
     "NEEDS",
+    "at",
     "check_arrays",
     "check_gradient",
     "check_out",
@@ -36,6 +38,7 @@ __all__ = [
     "needs_argument",
     "on",
     "one_blas_thread",
+    "over_parts",
     "overlap",
     "parts",
 ]
@@ -213,14 +216,84 @@ def _run_backward(
             backward_by_parts(plan.problem, plan.plain, by_x, by_w, dy, x, w, y, dx, dw, db)
         return
     with ranges.convolution(plan.problem, "backward", names):
-        activation = plan.problem.activation
-        dz = dy if activation is None or y is None else epilogue_grad(dy, y, activation)
+        _on_device(plan.problem, plan.plain, by_x, by_w, dy, x, w, y, dx, dw, db)
+
+
+def _on_device(
+    problem: ConvProblem,
+    plain: ConvProblem,
+    by_x: Engine | None,
+    by_w: Engine | None,
+    dy: Array,
+    x: Array,
+    w: Array,
+    y: Array | None,
+    dx: Array | None,
+    dw: Array | None,
+    db: Array | None,
+) -> None:
+    """Compute the gradients on a GPU by engines that do not fuse the epilogue's gradient."""
+    activation = problem.activation if y is not None else None
+    first = problem.layout == CHANNELS_FIRST
+
+    def work(part: ConvProblem, some: slice | None, dw: Array | None, db: Array | None) -> None:
+        dz = output_grad(at(dy, some), at(y, some), activation, db, first)
         if by_x is not None and dx is not None:
-            with ranges.convolution(plan.problem, "input_grad", by_x.name):
-                by_x.input_grad(plan.plain, dz, w, dx)
-        if by_w is not None:
-            with ranges.convolution(plan.problem, "weight_grad", by_w.name):
-                by_w.weight_grad(plan.plain, dz, x, dw, db)
+            with ranges.convolution(part, "input_grad", by_x.name):
+                by_x.input_grad(part, dz, w, at(dx, some))
+        if by_w is not None and dw is not None:
+            with ranges.convolution(part, "weight_grad", by_w.name):
+                by_w.weight_grad(part, dz, at(x, some), dw, None)
+
+    over_parts(plain, example_bytes(dy, y, activation, db, first), dw, db, work)
+
+
+def over_parts(
+    problem: ConvProblem,
+    example: int,
+    dw: Array | None,
+    db: Array | None,
+    work: Callable[[ConvProblem, slice | None, Array | None, Array | None], None],
+    wide: Any = None,
+) -> None:
+    """Call ``work(problem, slice, dw, db)`` for parts of the batch; add up what it writes.
+
+    Parameters
+    ----------
+    problem : ConvProblem
+        Over the whole batch; ``work`` is given that of a part.
+    example : int
+        Bytes that ``work`` needs for an example; see :func:`parts`.
+    dw, db : ndarray or None
+        Where the sums over the parts are wanted.
+    work : callable
+        The slice is None where the batch is not divided.
+    wide : dtype, optional
+        Of the arrays that ``work`` is given if it is; else the results'.
+    """
+    cut = parts(problem.batch, example) if example else []
+    if len(cut) <= 1:
+        work(problem, None, dw, db)
+        return
+    results = [a for a in (dw, db) if a is not None]
+    totals = [
+        namespace(a).zeros(a.shape, "float32" if a.dtype.itemsize == 2 else a.dtype)
+        for a in results
+    ]
+    for some in cut:
+        made = [namespace(a).empty(a.shape, wide or a.dtype) for a in results]
+        given = iter(made)
+        part = problem.with_batch(some.stop - some.start)
+        work(part, some, *(None if a is None else next(given) for a in (dw, db)))
+        for total, value in zip(totals, made, strict=True):
+            total += value
+    for result, total in zip(results, totals, strict=True):
+        result[...] = total
+
+
+def at(array: Array | None, some: slice | None) -> Array | None:
+    """Return a part of the batch; the array itself where it is not divided."""
+    return array if array is None or some is None else array[some]
 
 
 def parts(batch: int, example: int) -> list[slice]:

@@ -14,12 +14,15 @@ from typing import Any
 
 from gpuconv import dispatch
 from gpuconv.activations import Activation
+from gpuconv.cuda.epilogue import example_bytes
+from gpuconv.cuda.epilogue import output_grad as device_output_grad
 from gpuconv.device import namespace
-from gpuconv.engines.base import Engine, bias_grad, epilogue_grad
+from gpuconv.engines.base import Engine
 from gpuconv.engines.epilogue import BLOCK, output_grad
 from gpuconv.engines.im2col import run_shares, scratch, wide_dtype, worker_count
 from gpuconv.engines.windows import Block, blocks
 from gpuconv.functional.passes import (
+    at,
     check_arrays,
     check_gradient,
     check_out,
@@ -29,12 +32,12 @@ from gpuconv.functional.passes import (
     needs_argument,
     on,
     one_blas_thread,
+    over_parts,
     overlap,
-    parts,
 )
 from gpuconv.functional.plan import Plan, activation_argument, hashable, transposed_plan
 from gpuconv.interop import dlpack
-from gpuconv.problem import COMPLEX, ConvProblem
+from gpuconv.problem import CHANNELS_FIRST, COMPLEX, ConvProblem
 from gpuconv.profiling import ranges
 
 __all__ = ["conv_transpose", "conv_transpose_backward"]
@@ -205,44 +208,39 @@ def _run_backward(
         ranges.convolution(problem, "transposed_backward", names or "bias"),
         one_blas_thread(problem, kind),
     ):
-        if activation is None or y is None:
-            if db is not None:
-                _activation_grad(kind, dy, None, None, db)
-            _products(problem, by_x, by_w, dy, x, w, dx, dw)
-            return
-        wide = wide_dtype(problem.dtype)
-        cut = parts(problem.batch, wide.itemsize * math.prod(problem.x_shape[1:]))
-        sums = [None if a is None else namespace(a).zeros(a.shape, wide) for a in (dw, db)]
-        for some in cut:
-            part = problem.with_batch(some.stop - some.start)
-            more = sums if len(cut) == 1 else [
-                None if a is None else namespace(a).empty(a.shape, wide) for a in sums
-            ]  # fmt: skip
-            dz = _activation_grad(kind, dy[some], y[some], activation, more[1])
-            _products(part, by_x, by_w, dz, x[some], w, None if dx is None else dx[some], more[0])
-            if more is not sums:
-                for total, value in zip(sums, more, strict=True):
-                    if total is not None:
-                        total += value
-        for result, total in zip((dw, db), sums, strict=True):
-            if result is not None:
-                result[...] = total
+        first = problem.layout == CHANNELS_FIRST
+        if kind == "cpu":
+            example = 0 if activation is None else math.prod(problem.x_shape[1:])
+            example *= wide_dtype(problem.dtype).itemsize
+        else:
+            example = example_bytes(dy, y, activation, db, first)
+
+        def work(part: ConvProblem, some: slice | None, dw: Array | None, db: Array | None) -> None:
+            dz = _activation_grad(kind, at(dy, some), at(y, some), activation, db, first)
+            _products(part, by_x, by_w, dz, at(x, some), w, at(dx, some), dw)
+
+        over_parts(
+            problem, example, dw, db, work, wide_dtype(problem.dtype) if kind == "cpu" else None
+        )
 
 
 def _activation_grad(
-    kind: str, dy: Array, y: Array | None, activation: Activation | None, db: Array | None
+    kind: str,
+    dy: Array,
+    y: Array | None,
+    activation: Activation | None,
+    db: Array | None,
+    first: bool,
 ) -> Array:
     """Return ``dz``, the gradient in front of the activation; its sums go into ``db``."""
-    if kind == "cpu":
-        if activation is None:
+    if kind != "cpu":
+        return device_output_grad(dy, y, activation, db, first)
+    if activation is None or y is None:
+        if db is not None:
             output_grad(dy, None, None, None, db)
-            return dy
-        dz = scratch.get("dz", dy.shape, wide_dtype(dy.dtype.name))
-        output_grad(dy, y, activation, dz, db)
-        return dz
-    dz = dy if activation is None or y is None else epilogue_grad(dy, y, activation)
-    if db is not None:
-        bias_grad(dz, db)
+        return dy
+    dz = scratch.get("dz", dy.shape, wide_dtype(dy.dtype.name))
+    output_grad(dy, y, activation, dz, db)
     return dz
 
 

@@ -75,6 +75,7 @@ class _Launch(ctypes.Structure):
         ("preempt", ctypes.c_uint),
         ("shuffle", ctypes.c_int),
         ("seed", ctypes.c_ulonglong),
+        ("traffic", ctypes.POINTER(ctypes.c_ulonglong)),
     ]
 
 
@@ -95,6 +96,9 @@ class Settings:
         self.launches: list[
             tuple[str, tuple[int, ...], tuple[int, ...]]
         ] = []  # kernel, grid, block
+        #: Of each launch in the mode ``checked``, for each array by its argument: bytes read, of
+        #: these the ones that no thread of the same block had read before, bytes written.
+        self.traffic: list[dict[int, tuple[int, int, int]]] = []
         self.freed = 0  # how often the memory pools were freed
         self._numbers = itertools.count(seed * 1_000_003 + 1)
 
@@ -209,6 +213,7 @@ class RawKernel:
                 memories.setdefault(id(memory), (i, memory, size))
         regions = self._regions(list(memories.values()))
         checked = settings.mode == "checked"
+        traffic = (ctypes.c_ulonglong * (3 * max(1, len(regions))))()
         launch = _Launch(
             kernel.call,
             values,
@@ -221,11 +226,20 @@ class RawKernel:
             8 if checked else 0,
             int(settings.mode != "fast" or settings.seed != 0),
             settings.next_seed() & (2**64 - 1),
+            traffic if checked else None,
         )
         message = ctypes.create_string_buffer(1024)
         settings.launches.append((self.name, full_grid, full_block))
         with _launching:
             failed = self._runner(launch, message, len(message))
+        if checked:
+            settings.traffic.append(
+                {
+                    region.argument: tuple(traffic[3 * i : 3 * i + 3])
+                    for i, region in enumerate(regions)
+                    if region.argument >= 0
+                }
+            )
         if failed:
             raise KernelError(f"{self.name}: {self._located(message.value.decode())}")
 

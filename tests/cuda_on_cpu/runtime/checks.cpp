@@ -36,6 +36,7 @@ struct Watched {
   Region region;
   Record* records;
   bool shared;
+  unsigned long long read, fresh, written;  // bytes; fresh ones are new to the block
 };
 
 // A loaded segment of the kernel's module or of this runtime.
@@ -51,6 +52,8 @@ unsigned preempt;
 unsigned countdown;
 uintptr_t dynamic_start;
 size_t dynamic_most;
+unsigned long long* traffic;
+size_t traffic_count;
 
 struct Search {
   uintptr_t address;
@@ -138,6 +141,7 @@ void record(Watched& w, uintptr_t address, size_t size, Way way, unsigned code) 
   const unsigned shift = w.region.shift;
   const size_t first = (address - w.region.start) >> shift;
   const size_t last = (address + size - 1 - w.region.start) >> shift;
+  (way == READ ? w.read : w.written) += size;
   for (size_t i = first; i <= last; i++) {
     Record& r = w.records[i];
     if (w.shared && way != WRITE) {
@@ -159,6 +163,9 @@ void record(Watched& w, uintptr_t address, size_t size, Way way, unsigned code) 
         if (!ordered(*reader, w.shared)) race(w, address, size, *reader, WAYS[READ], WAYS[way], code);
       (way == WRITE ? r.plain_write : r.atomic) = now;
     } else {
+      const bool known = (r.read.epoch && r.read.block == now.block) ||
+                         (r.other_read.epoch && r.other_read.block == now.block);
+      if (!known) w.fresh += size / (last - first + 1);
       // A reader that is ordered before this one gives up its place: what races with it races
       // with this one.
       const bool second = now.thread == r.other_read.thread && now.block == r.other_read.block;
@@ -199,10 +206,10 @@ void checks_begin(const Launch* launch, char* dynamic_shared, size_t most) {
   dynamic_start = (uintptr_t)dynamic_shared;
   dynamic_most = most;
   for (size_t i = 0; i < launch->region_count; i++)
-    watched.push_back({launch->regions[i], nullptr, launch->regions[i].argument == SHARED});
+    watched.push_back({launch->regions[i], nullptr, launch->regions[i].argument == SHARED, 0, 0, 0});
   if (launch->dynamic_shared)
     watched.push_back(
-        {{dynamic_start, launch->dynamic_shared, 0, SHARED, "(dynamic)"}, nullptr, true});
+        {{dynamic_start, launch->dynamic_shared, 0, SHARED, "(dynamic)"}, nullptr, true, 0, 0, 0});
   for (Watched& w : watched)
     w.records = (Record*)calloc((w.region.size >> w.region.shift) + 1, sizeof(Record));
   Search kernel = {(uintptr_t)launch->call, true}, runtime = {(uintptr_t)&checks_begin, false};
@@ -210,9 +217,15 @@ void checks_begin(const Launch* launch, char* dynamic_shared, size_t most) {
   dl_iterate_phdr(add_images, &runtime);
   preempt = launch->preempt;
   countdown = 1;
+  traffic = launch->traffic;
+  traffic_count = launch->region_count;
 }
 
 void checks_end() {
+  for (size_t i = 0; traffic && i < traffic_count; i++) {
+    const Watched& w = watched[i];
+    traffic[3 * i] = w.read, traffic[3 * i + 1] = w.fresh, traffic[3 * i + 2] = w.written;
+  }
   for (Watched& w : watched) free(w.records);
   watched.clear();
 }

@@ -38,6 +38,9 @@ struct Launch {
   unsigned preempt;   // a running thread makes way at one memory access in this many; 0: at none
   int shuffle;        // blocks and threads in a random order
   unsigned long long seed;
+  // Of the checking runtime, three for each region, or null: bytes that threads read; of these, the
+  // bytes that no thread of the same block had read before; bytes that they wrote.
+  unsigned long long* traffic;
 };
 
 extern "C" {
