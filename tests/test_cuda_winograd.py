@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import gpuconv
 from gpuconv.cuda import kernels
 from gpuconv.cuda.architecture import GPU, architecture
-from gpuconv.engines import cuda_arrays, cuda_winograd
+from gpuconv.engines import cuda_arrays, cuda_winograd, cuda_winograd_plan
 from gpuconv.engines.base import PASSES
 from gpuconv.engines.toom_cook import filtering
 from gpuconv.functional.plan import make_plan
@@ -85,12 +85,12 @@ def agree(xp: Any, c: Case, dtype: str) -> None:
 @pytest.mark.parametrize("tile", [2, 4, 6])
 @pytest.mark.parametrize("name", SMALL)
 def test_every_tile(xp: Any, monkeypatch: pytest.MonkeyPatch, name: str, tile: int) -> None:
-    monkeypatch.setattr(cuda_winograd, "TILES", (tile,))
-    cuda_winograd._plan.cache_clear()
+    monkeypatch.setattr(cuda_winograd_plan, "TILES", (tile,))
+    cuda_winograd_plan.plan_of.cache_clear()
     try:
         agree(xp, SMALL[name], "float32")
     finally:
-        cuda_winograd._plan.cache_clear()
+        cuda_winograd_plan.plan_of.cache_clear()
 
 
 @pytest.mark.parametrize("tile", [2, 4, 6])
@@ -109,7 +109,9 @@ def test_the_tile_follows_the_size() -> None:
     chosen = []
     for size in (1, 16, 60):
         problem = make_problem((32, size + 2, size + 2, 256), (3, 3, 256, 256))
-        plans = [cuda_winograd._cut(problem, "forward", tile, 2**28, h100) for tile in (2, 4, 6)]
+        plans = [
+            cuda_winograd_plan.cut(problem, "forward", tile, 2**28, h100) for tile in (2, 4, 6)
+        ]
         chosen.append(min(plans, key=lambda plan: plan.seconds).tile)
     assert chosen == [2, 4, 6]
 
@@ -256,19 +258,19 @@ def test_the_tiles_are_cut_to_stay_within_the_workspace(cp: Any) -> None:
 def test_the_weight_gradient_is_cut_into_partial_products(
     xp: Any, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(cuda_winograd, "_segments", lambda *a: 3)
-    cuda_winograd._plan.cache_clear()
+    monkeypatch.setattr(cuda_winograd_plan, "_segments", lambda *a: 3)
+    cuda_winograd_plan.plan_of.cache_clear()
     try:
         c = SMALL[name]
         assert cuda_winograd._planned(problem_of(c, "float32"), "weight_grad").segments == 3
         agree(xp, c, "float32")
     finally:
-        cuda_winograd._plan.cache_clear()
+        cuda_winograd_plan.plan_of.cache_clear()
 
 
 def test_a_gradient_of_few_channels_fills_the_device() -> None:
     problem = make_problem((32, 56, 56, 64), (3, 3, 64, 64), padding=1)
-    counts = [cuda_winograd._segments(problem, 36, 6272, sms) for sms in (1, 108, 132, 1000)]
+    counts = [cuda_winograd_plan._segments(problem, 36, 6272, sms) for sms in (1, 108, 132, 1000)]
     assert counts == [1, 6, 7, 12]
 
 
@@ -424,6 +426,9 @@ def test_a_broken_kernel_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) 
     broken = text.replace(mutation.old, mutation.new)
     assert broken != text
     monkeypatch.setattr(kernels, "read", lambda file: broken)
-    with home(ENGINE, "checked", 1) as xp, gpuconv.engine(ENGINE):
-        with pytest.raises(mutation.error, match=mutation.message):
-            agree(xp, SMALL[mutation.case], "float32")
+    with (
+        home(ENGINE, "checked", 1) as xp,
+        gpuconv.engine(ENGINE),
+        pytest.raises(mutation.error, match=mutation.message),
+    ):
+        agree(xp, SMALL[mutation.case], "float32")

@@ -11,9 +11,7 @@ definition, inside the kernels, so nothing waits for the host.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -21,35 +19,29 @@ import numpy as np
 
 from gpuconv import settings
 from gpuconv.activations import Activation, get_activation
-from gpuconv.cuda import architecture, kernels, runtime
+from gpuconv.cuda import kernels, runtime
 from gpuconv.engines import cuda_arrays
 from gpuconv.engines.base import Engine, Pass, bias_grad
 from gpuconv.engines.cuda_arrays import NULL
-from gpuconv.engines.toom_cook import Filtering, filtering
+from gpuconv.engines.cuda_winograd_plan import (
+    ALIGN,
+    TAPS,
+    TILES,
+    Plan,
+    fixed_bytes,
+    plan_of,
+    round_up,
+    wide_dtype,
+)
+from gpuconv.engines.toom_cook import filtering
 from gpuconv.problem import CHANNELS_FIRST, ConvProblem
 
 __all__ = ["CudaWinograd", "sample_variants"]
 
 Array = Any
 
-#: Taps of an axis.
-TAPS = 3
-#: Outputs of a tile's side, to choose from; beyond, rounding errors grow faster than the gain, and
-#: a tile of float64 has to fit the registers.
-TILES = (2, 4, 6)
-LARGEST = {"float64": 4}
-#: Tiles are counted in multiples of it: whole sectors of memory, and aligned rows for cuBLAS.
-ALIGN = 8
 #: Tiles that neighbouring threads hold where one side is read by channel, the other by tile.
 RUN = 8
-#: Tiles that a partial product of the weight gradient has at least.
-SEGMENT = 512
-#: Fraction of the peak that cuBLAS reaches, and of the bandwidth that copies reach.
-PRODUCT, COPY = 0.8, 0.85
-#: How much faster what stays in the second cache is read.
-NEAR = 2.5
-#: Seconds of a launch.
-LAUNCH = 5e-6
 
 
 def _table(matrix: Any) -> str:
@@ -106,155 +98,9 @@ def sample_variants() -> Iterator[kernels.Variant]:
     yield _output_variant("float32", 2, True, None)
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """How a pass is cut up.
-
-    Attributes
-    ----------
-    tile : int
-        ``m``.
-    method : Filtering
-    inputs, outputs : int
-        Channels of a group, as the pass sees them: of its source and of its result.
-    rows, columns : int
-        Tiles along each axis.
-    tiles : int
-        All of them.
-    segments : int
-        Partial products of the weight gradient, added in a fixed order.
-    chunk : int
-        Tiles at a time.
-    workspace : int
-        Bytes of it all.
-    seconds : float
-        Predicted.
-    """
-
-    tile: int
-    method: Filtering
-    inputs: int
-    outputs: int
-    rows: int
-    columns: int
-    tiles: int
-    segments: int
-    chunk: int
-    workspace: int
-    seconds: float
-
-    @property
-    def factors(self) -> int:
-        return self.method.n**2
-
-
-def _wide(problem: ConvProblem) -> str:
-    """Return the dtype of the factors."""
-    return "float64" if problem.dtype == "float64" else "float32"
-
-
-def _up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
-
-
-def _segments(problem: ConvProblem, factors: int, tiles: int, multiprocessors: int) -> int:
-    """Return into how many partial products to cut the weight gradient's, to fill the device."""
-    inputs, outputs = problem.in_channels // problem.groups, problem.out_channels // problem.groups
-    blocks = factors * problem.groups * -(-inputs // 64) * -(-outputs // 64)
-    return max(1, min(2 * multiprocessors // blocks, tiles // SEGMENT))
-
-
-def _size(problem: ConvProblem) -> int:
-    """Return the bytes of a factor."""
-    return np.dtype(_wide(problem)).itemsize
-
-
-def _weights(problem: ConvProblem) -> int:
-    """Return the number of products of a tap."""
-    return problem.in_channels * problem.out_channels // problem.groups
-
-
-def _fixed(problem: ConvProblem, pass_: Pass, tile: int, segments: int) -> int:
-    """Return the bytes that a pass takes whatever the number of tiles."""
-    factors = (tile + TAPS - 1) ** 2 * segments
-    if pass_ == "weight_grad":
-        factors += TAPS * TAPS  # the sums over chunks
-    return factors * _weights(problem) * _size(problem)
-
-
-def _cut(problem: ConvProblem, pass_: Pass, tile: int, limit: int, gpu: architecture.GPU) -> _Plan:
-    """Return the plan of a pass with this tile."""
-    method = filtering(tile, TAPS)
-    count, groups = method.n**2, problem.groups
-    inputs, outputs = problem.in_channels // groups, problem.out_channels // groups
-    target = problem.in_shape if pass_ == "input_grad" else problem.out_shape
-    rows, columns = (-(-n // tile) for n in target)
-    tiles = problem.batch * rows * columns
-    each = count * groups * (inputs + outputs) * _size(problem)
-    segments = 1
-    if pass_ == "weight_grad":
-        sums = count * _weights(problem) * _size(problem)
-        wanted = _segments(problem, count, tiles, gpu.multiprocessors)
-        segments = max(1, min(wanted, limit // 4 // sums))
-    fixed = _fixed(problem, pass_, tile, segments)
-    unit = ALIGN * segments
-    chunk = max(unit, min(_up(tiles, unit), (limit - fixed) // each // unit * unit))
-    if pass_ == "input_grad":
-        inputs, outputs = outputs, inputs
-    seconds = _seconds(problem, gpu, count, tile, tiles, segments, chunk)
-    workspace = fixed + chunk * each
-    return _Plan(
-        tile, method, inputs, outputs, rows, columns, tiles, segments, chunk, workspace, seconds
-    )  # fmt: skip
-
-
-def _seconds(
-    problem: ConvProblem,
-    gpu: architecture.GPU,
-    factors: int,
-    tile: int,
-    tiles: int,
-    segments: int,
-    chunk: int,
-) -> float:
-    """Return the predicted time: launches, transforms by their bytes, products."""
-    size = _size(problem)
-    c, o, groups = problem.in_channels, problem.out_channels, problem.groups
-    rate = COPY * gpu.bandwidth
-    at_once = min(tiles, chunk) * factors * (c + o) * size
-    near = rate * (NEAR if at_once < gpu.l2_bytes / 2 else 1)
-    cells = tiles * (c + o) * tile * tile * problem.itemsize
-    moved = tiles * (c + o) * factors * size
-    filters = factors * _weights(problem) * size * segments
-    transforms = cells / rate + moved / near + 2 * filters / rate
-    # Matrix products come in blocks: what is narrower takes as long.
-    block = factors * groups * segments * -(-min(tiles, chunk) // segments // 128)
-    blocks = block * -(-(o // groups) // 64)
-    waves = max(blocks / gpu.multiprocessors, 1e-3)
-    flops = 2.0 * factors * tiles * groups * _up(c // groups, 8) * _up(o // groups, 32)
-    fill = min(1.0, waves) if waves < 1 else waves / math.ceil(waves)
-    product = flops / (PRODUCT * gpu.flops(_wide(problem)) * fill)
-    launches = 1 + 3 * -(-tiles // chunk)
-    return launches * LAUNCH + transforms + max(product, moved / near)
-
-
-@lru_cache(maxsize=1024)
-def _plan(problem: ConvProblem, pass_: Pass, limit: int, device: int) -> _Plan:
-    """Return the plan of least cost."""
-    gpu = architecture.gpu(device)
-    target = problem.in_shape if pass_ == "input_grad" else problem.out_shape
-    plans = [
-        _cut(problem, pass_, tile, limit, gpu)
-        for tile in TILES
-        if tile == TILES[0]
-        or (tile < 2 * max(target) and tile <= LARGEST.get(problem.dtype, TILES[-1]))
-    ]
-    return min(plans, key=lambda plan: (plan.workspace > limit, plan.seconds))
-
-
-def _planned(problem: ConvProblem, pass_: Pass) -> _Plan:
+def _planned(problem: ConvProblem, pass_: Pass) -> Plan:
     device = int(runtime.cupy().cuda.runtime.getDevice())
-    return _plan(problem, pass_, settings.get_workspace_limit(), device)
+    return plan_of(problem, pass_, settings.get_workspace_limit(), device)
 
 
 class CudaWinograd(Engine):
@@ -280,7 +126,7 @@ class CudaWinograd(Engine):
             return f"it computes dilation 1, not {problem.dilation}"
         if not kernels.has_activation(problem.activation):
             return f"no kernel computes the activation {problem.activation}"
-        if _fixed(problem, pass_, TILES[0], 1) > settings.get_workspace_limit() // 2:
+        if fixed_bytes(problem, pass_, TILES[0], 1) > settings.get_workspace_limit() // 2:
             return "the filters' factors exceed half the workspace limit"
         return None
 
@@ -323,7 +169,7 @@ class CudaWinograd(Engine):
 
 def _correlate(
     problem: ConvProblem,
-    plan: _Plan,
+    plan: Plan,
     source: Array,
     w: Array,
     steps: tuple[int, ...],
@@ -339,7 +185,7 @@ def _correlate(
     """
     xp = runtime.cupy()
     launch = _Launcher(problem, plan, (source, w, target), activation)
-    wide, groups = _wide(problem), problem.groups
+    wide, groups = wide_dtype(problem), problem.groups
     inputs, outputs, count = plan.inputs, plan.outputs, plan.factors
     by_channel = problem.layout == CHANNELS_FIRST
     bias = NULL if bias is None else xp.ascontiguousarray(bias)
@@ -348,7 +194,7 @@ def _correlate(
     filters = xp.empty(shape, wide)
     launch(
         "filters",
-        _up(inputs, RUN) * outputs * groups,
+        round_up(inputs, RUN) * outputs * groups,
         (w, filters),
         (*_ints(inputs, outputs * groups, groups), *_longs(*steps)),
         _ints(by_channel, _filter_run(steps, inputs, by_channel)),
@@ -357,7 +203,7 @@ def _correlate(
     products = xp.empty(count * groups * plan.chunk * outputs, wide)
     for first in range(0, plan.tiles, plan.chunk):
         tiles = min(plan.chunk, plan.tiles - first)
-        length = _up(tiles, ALIGN)
+        length = round_up(tiles, ALIGN)
         left = factors[: count * groups * length * inputs]
         right = products[: count * groups * length * outputs]
         launch.transform("input", source, left, before, first, tiles, inputs, length, by_channel)
@@ -379,11 +225,11 @@ def _correlate(
         )
 
 
-def _weight_grad(problem: ConvProblem, plan: _Plan, dz: Array, x: Array, dw: Array) -> None:
+def _weight_grad(problem: ConvProblem, plan: Plan, dz: Array, x: Array, dw: Array) -> None:
     """Write the gradient of the weights, chunk by chunk."""
     xp = runtime.cupy()
     launch = _Launcher(problem, plan, (x, dz, dw), None)
-    wide, groups, segments = _wide(problem), problem.groups, plan.segments
+    wide, groups, segments = wide_dtype(problem), problem.groups, plan.segments
     inputs, outputs, count = plan.inputs, plan.outputs, plan.factors
     before = problem.padding[0][0], problem.padding[1][0]
     of_x = xp.empty(count * groups * plan.chunk * inputs, wide)
@@ -393,7 +239,7 @@ def _weight_grad(problem: ConvProblem, plan: _Plan, dz: Array, x: Array, dw: Arr
     total = xp.empty(TAPS * TAPS * inputs * outputs * groups, wide) if several else NULL
     for first in range(0, plan.tiles, plan.chunk):
         tiles = min(plan.chunk, plan.tiles - first)
-        length = _up(-(-tiles // segments), ALIGN)
+        length = round_up(-(-tiles // segments), ALIGN)
         left = of_x[: count * groups * segments * length * inputs]
         right = of_dz[: count * groups * segments * length * outputs]
         launch.transform("input", x, left, before, first, tiles, inputs, length, True)
@@ -421,7 +267,7 @@ class _Launcher:
     def __init__(
         self,
         problem: ConvProblem,
-        plan: _Plan,
+        plan: Plan,
         arrays: tuple[Array, ...],
         activation: Activation | None,
     ) -> None:
@@ -474,7 +320,7 @@ class _Launcher:
         )
 
 
-def _needs_wide_index(plan: _Plan, groups: int, arrays: tuple[Array, ...]) -> bool:
+def _needs_wide_index(plan: Plan, groups: int, arrays: tuple[Array, ...]) -> bool:
     """Return whether an offset into an array, or into the factors, exceeds 32 bits."""
     spans = [
         sum((n - 1) * abs(s) for n, s in zip(a.shape, a.strides, strict=True)) // a.itemsize
