@@ -129,7 +129,9 @@ def _erf(z: Array) -> Array:
 
 
 _POINTWISE: dict[str, Callable[..., Array]] = {
-    "relu": lambda z, negative_slope=0.0: np.where(z < 0, negative_slope * z, z),
+    "relu": lambda z, negative_slope=0.0: np.where(
+        z < 0, negative_slope * z if negative_slope else 0, z
+    ),
     "tanh": np.tanh,
     "sigmoid": lambda z: 1 / (1 + np.exp(-z)),
     "elu": lambda z: np.where(z > 0, z, np.expm1(z)),
@@ -260,6 +262,7 @@ class pygraph:
         assert (workspace != 0) == (self._frontend.workspace > 0)
         self.steps.append("execute")
         self._frontend.streams.append(handle.stream)
+        self._frontend.ran.append(self)
         assert set(pack) == {*self.inputs, self.outputs[-1]}
         assert all(type(p) is int for p in pack.values())
         with np.errstate(all="ignore"):
@@ -281,8 +284,8 @@ class Frontend:
     ----------
     graphs : list of pygraph
         All that were made.
-    streams : list
-        On which each execution was launched.
+    ran, streams : list
+        The graph of each execution, and the stream it was launched on.
     workspace : int
         Bytes that every plan takes.
     refuse : callable
@@ -301,6 +304,7 @@ class Frontend:
 
     def __init__(self) -> None:
         self.graphs: list[pygraph] = []
+        self.ran: list[pygraph] = []
         self.handles: list[Any] = []
         self.streams: list[Any] = []
         self.workspace = 0
