@@ -329,7 +329,7 @@ def _needs_wide_index(plan: Plan, groups: int, arrays: tuple[Array, ...]) -> boo
     channels = groups * max(plan.inputs, plan.outputs)
     products = plan.factors * plan.segments * groups * plan.inputs * plan.outputs
     largest = max(*spans, plan.factors * plan.chunk * channels, products)
-    return largest + kernels.BLOCK >= cuda_arrays.WIDE_FROM
+    return bool(largest + kernels.BLOCK >= cuda_arrays.WIDE_FROM)
 
 
 def _ints(*values: Any) -> tuple[np.int32, ...]:
