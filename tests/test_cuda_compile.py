@@ -165,6 +165,10 @@ def test_the_variants_hold_every_kernel_dtype_layout_index_and_activation() -> N
         f"batch_norm_{part}_{t}"
         for part in ("moments", "normalize", "grad_sums", "grad")
         for t in ("bf16", "f16", "f32", "f64")
+    } | {
+        f"conv2d_winograd_{part}_{t}"
+        for part in ("filters", "input", "gradient", "filter_grad", "output")
+        for t in ("bf16", "f16", "f32", "f64")
     }
     kinds = {(v.dtype, kind(v)) for v in VARIANTS}
     for dtype in ("bfloat16", "float16", "float32", "float64"):

@@ -63,7 +63,8 @@ def _tables(tile: int) -> dict[str, str]:
 @lru_cache(maxsize=256)
 def _variant(dtype: str, tile: int, wide: bool) -> kernels.Variant:
     """Return the transforms in front of the products, and the gradient's behind them."""
-    return _specialised(dtype, tile, wide, {}, ("filters", "input", "gradient", "filter_grad"))
+    parts = ("filters", "input", "gradient", "filter_grad")
+    return _specialised(dtype, tile, wide, kernels.activation_defines(None), parts)
 
 
 @lru_cache(maxsize=256)
