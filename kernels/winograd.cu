@@ -29,8 +29,9 @@
 // (m*m + n*n)*4 bytes for each of C + O channels and the product n*n*4 more: for m = 4, 352
 // bytes. So the floor is
 //   max(72*C*O / FLOP rate, 144*(C + O) / bandwidth) + 208*(C + O) / bandwidth
-// a tile; at 60 TFLOP/s and 3.3 TB/s the bytes weigh as much as the products at C = O = 300, and
-// beyond some 64 channels the whole is under the floor of the definition, 288*C*O / FLOP rate.
+// a tile. At 60 TFLOP/s and 3.3 TB/s the products weigh as much as all the bytes at C = O = 180,
+// and from some 45 channels on the whole is under the definition's floor, 288*C*O / FLOP rate: so
+// these layers are bound by bytes, and a larger tile gains twice.
 //
 // Rounding: sums of some large terms cancel, which costs about ten times the definition's error
 // (float16 and bfloat16 are transformed and multiplied in float32). A NaN or an infinity, of
