@@ -349,6 +349,25 @@ def test_what_it_does_not_compute(
         gpuconv.conv2d(x, w, **options)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_a_transposed_convolution(xp: Any, dtype: str) -> None:
+    """Its passes are the same ones in other roles; its weight gradient is held in float32."""
+    rng = np.random.default_rng(0)
+    x, w = (rng.standard_normal(s).astype(dtype) for s in ((2, 5, 6, 3), (3, 3, 3, 4)))
+    options: dict[str, Any] = {"padding": 1, "activation": "ReLU"}
+
+    def results(xp: Any, *arrays: np.ndarray) -> list[Any]:
+        x, w = (xp.asarray(a) for a in arrays)
+        y = gpuconv.conv_transpose2d(x, w, **options)
+        return [y, *gpuconv.conv_transpose2d_backward(y, x, w, y=y, **options)]
+
+    with gpuconv.engine("naive"):
+        wanted = results(np, x.astype("float64"), w.astype("float64"))
+    for got, want in zip(results(xp, x, w), wanted, strict=True):
+        assert got.dtype == dtype
+        close(host(got), want, 1e-2 if dtype == "float16" else 1e-4)
+
+
 def test_strict_precision_leaves_it_out(xp: Any) -> None:
     x, w = xp.zeros((1, 5, 5, 1), "float32"), xp.zeros((3, 3, 1, 1), "float32")
     gpuconv.conv2d(x, w)

@@ -161,8 +161,13 @@ class CudaWinograd(Engine):
         """Write the gradients with respect to ``w`` and ``b`` into those of ``dw``, ``db`` given."""
         if db is not None:
             bias_grad(dz, db)
-        if dw is not None:
-            _weight_grad(problem, _planned(problem, "weight_grad"), dz, x, dw)
+        if dw is None:
+            return
+        # Parts of a gradient are asked for in float32.
+        result = dw if dw.dtype == x.dtype else runtime.cupy().empty(dw.shape, x.dtype)
+        _weight_grad(problem, _planned(problem, "weight_grad"), dz, x, result)
+        if result is not dw:
+            dw[...] = result
 
 
 # ------------------------------------------------------------------------------------- the passes

@@ -139,9 +139,9 @@ class Cudnn(Engine):
         x, dz = stored_image(problem, x), stored_image(problem, dz)
         total: Array = None
         for part, at, limit in _parts(problem, x, dz):
-            result = stored if stored.flags.c_contiguous else xp.empty(stored.shape, dw.dtype)
-            if part is not problem and total is not None:
-                result = xp.empty(stored.shape, dw.dtype)
+            # Parts of a gradient are asked for in float32.
+            in_place = stored.flags.c_contiguous and dw.dtype == x.dtype and total is None
+            result = stored if in_place else xp.empty(stored.shape, x.dtype)
             graph = _graph(part, "weight_grad", limit)
             arrays = xp.ascontiguousarray(x[at]), xp.ascontiguousarray(dz[at]), result
             cudnn.execute(_required(graph), arrays)
