@@ -47,6 +47,8 @@ _REGISTRY: dict[str, tuple[str, str, str]] = {
     "numba_winograd": ("cpu", "gpuconv.engines.numba_winograd", "NumbaWinograd"),
     "cuda_atomic": ("cuda", "gpuconv.engines.cuda_atomic", "CudaAtomic"),
     "cuda_depthwise": ("cuda", "gpuconv.engines.cuda_depthwise", "CudaDepthwise"),
+    "cuda_winograd": ("cuda", "gpuconv.engines.cuda_winograd", "CudaWinograd"),
+    "cudnn": ("cuda", "gpuconv.engines.cudnn", "Cudnn"),
 }
 
 _forced: ContextVar[str | None] = ContextVar("gpuconv_engine", default=None)
@@ -155,7 +157,7 @@ def _why_not(name: str, problem: ConvProblem, pass_: Pass, device_kind: str) -> 
     if reason is not None:
         return reason
     made = get_engine(name)
-    if settings.is_deterministic() and not made.deterministic:
+    if settings.is_deterministic() and not made.can_repeat():
         return "it is not deterministic, and gpuconv.deterministic(True) asks for that"
     return made.unsupported(problem, pass_)
 

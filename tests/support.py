@@ -31,7 +31,7 @@ CPU_ENGINES = [
     "numba_direct",
     "numba_winograd",
 ]
-CUDA_ENGINES = ["cuda_atomic", "cuda_depthwise"]
+CUDA_ENGINES = ["cuda_atomic", "cuda_depthwise", "cuda_winograd", "cudnn"]
 DTYPES = ["float64", "float32", "float16"]
 
 
@@ -161,7 +161,8 @@ def home(engine: str, mode: str | None = None, seed: int = 0) -> Iterator[Any]:
     """Make the device of ``engine`` usable: yields the array library to put data into.
 
     CUDA engines run on a GPU where there is one, else the kernels run on the CPU, in the mode
-    of ``tests.cuda_on_cpu.stand_in`` given here or in ``GPUCONV_TEST_KERNELS``.
+    of ``tests.cuda_on_cpu.stand_in`` given here or in ``GPUCONV_TEST_KERNELS``. cuDNN's frontend
+    is then a stand-in too, ``tests.cudnn_on_cpu``.
     """
     if engine in CPU_ENGINES:
         missing = dispatch.get_engine(engine).unavailable()
@@ -169,13 +170,21 @@ def home(engine: str, mode: str | None = None, seed: int = 0) -> Iterator[Any]:
             pytest.skip(missing)
         yield np
     elif real_gpu():
+        missing = dispatch.get_engine(engine).unavailable()
+        if missing:
+            pytest.skip(missing)
         yield runtime.cupy()
     else:
+        from tests import cudnn_on_cpu
         from tests.cuda_on_cpu import compiler_available, stand_in
 
         reason = compiler_available()
         if reason:
             pytest.skip(reason)
+        if engine == "cudnn":
+            with stand_in(mode or "fast", seed) as cp, cudnn_on_cpu.installed():
+                yield cp
+            return
         with stand_in(mode or os.environ.get("GPUCONV_TEST_KERNELS", "fast"), seed) as cp:
             yield cp
 

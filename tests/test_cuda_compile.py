@@ -179,6 +179,10 @@ def test_the_variants_hold_every_kernel_dtype_layout_index_and_activation() -> N
             "weight_sums": ("1d bf16", "1d f16", "1d f32", "1d f64", "2d f32"),
         }.items()
         for nd, t in map(str.split, kinds_of)
+    } | {
+        f"conv2d_winograd_{part}_{t}"
+        for part in ("filters", "input", "gradient", "filter_grad", "output")
+        for t in ("bf16", "f16", "f32", "f64")
     }
     kinds = {(v.dtype, kind(v)) for v in VARIANTS}
     for dtype in ("bfloat16", "float16", "float32", "float64"):

@@ -216,9 +216,10 @@ def clear() -> None:
 def variants() -> Iterator[Variant]:
     """Yield variants that between them compile every kernel with every kind of constant."""
     from gpuconv.cuda import epilogue, normalization
-    from gpuconv.engines import cuda_atomic, cuda_depthwise
+    from gpuconv.engines import cuda_atomic, cuda_depthwise, cuda_winograd
 
     yield from cuda_atomic.sample_variants()
+    yield from cuda_winograd.sample_variants()
     yield from normalization.sample_variants()
     yield from epilogue.sample_variants()
     yield from cuda_depthwise.sample_variants()

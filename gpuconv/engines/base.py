@@ -71,6 +71,10 @@ class Engine(abc.ABC):
             return f"it computes {axes} spatial axes, not {problem.ndim}"
         return None
 
+    def can_repeat(self) -> bool:
+        """Return whether it gives the same bits from run to run where the settings ask for that."""
+        return self.deterministic
+
     @abc.abstractmethod
     def cost(self, problem: ConvProblem, pass_: Pass) -> float:
         """Return the predicted time in seconds."""

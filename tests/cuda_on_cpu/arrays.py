@@ -356,9 +356,10 @@ def function(numpys: Callable[..., Any], strict: bool = False) -> Callable[..., 
         named = {k: unwrap(v, sources) for k, v in kwargs.items()}
         for source in sources:
             source._check_device()
-        if isinstance(numpys, np.ufunc) and any(s.dtype.name == "bfloat16" for s in sources):
-            return wrap(_of_bfloat16(numpys, plain, named), sources)
-        return wrap(numpys(*plain, **named), sources)
+        with np.errstate(all="ignore"):  # a GPU says nothing of NaN and infinities
+            if isinstance(numpys, np.ufunc) and any(s.dtype.name == "bfloat16" for s in sources):
+                return wrap(_of_bfloat16(numpys, plain, named), sources)
+            return wrap(numpys(*plain, **named), sources)
 
     call.__name__ = getattr(numpys, "__name__", "call")
     return call
