@@ -229,7 +229,8 @@ def clear() -> None:
 def variants() -> Iterator[Variant]:
     """Yield variants that between them compile every kernel with every kind of constant."""
     from gpuconv.cuda import normalization
-    from gpuconv.engines import cuda_atomic
+    from gpuconv.engines import cuda_atomic, cuda_gemm
 
     yield from cuda_atomic.sample_variants()
+    yield from cuda_gemm.sample_variants()
     yield from normalization.sample_variants()

@@ -295,6 +295,10 @@ class RawKernel:
                     f"{where} points to {element}{parameter.element_size}, given {arg.dtype}"
                 )
             return np.array(arg.data.ptr, np.uint64)
+        if isinstance(arg, np.ndarray) and arg.size == 1:  # a structure, by value
+            if kind != "?" or arg.dtype.itemsize != parameter.size:
+                raise TypeError(f"{where} takes {parameter.size} bytes, given {arg.dtype}")
+            return arg
         if isinstance(arg, (bool, int, float)):  # as CuPy passes Python's numbers
             types = {bool: np.bool_, int: np.int64, float: np.float64}
             arg = types[type(arg)](arg)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from tests.cuda_on_cpu.arrays import Home, OutOfMemoryError, function, ndarray, unwrap, wrap
+from tests.cuda_on_cpu.cublas import Cublas
 from tests.cuda_on_cpu.launch import CUDADriverError, RawModule, Settings
 
 __all__ = ["Module"]
@@ -218,6 +219,7 @@ class Cuda:
     def __init__(self, home: Home, settings: Settings) -> None:
         self.runtime = Runtime(home, settings)
         self.nvtx = Nvtx()
+        self.cublas = Cublas(home)
         self.Device = partial(Device, home, settings)
         self.Stream = partial(Stream, self)
         self.Event = Event
@@ -226,6 +228,10 @@ class Cuda:
     def get_current_stream(self, device_id: int | None = None) -> Stream:
         """Return the stream that a ``with`` block chose, or the null stream."""
         return self._stream
+
+    def get_cublas_handle(self) -> int:
+        """Return the handle of the current device."""
+        return self.cublas.handle()
 
     @staticmethod
     def alloc_pinned_memory(size: int) -> bytearray:
