@@ -47,6 +47,11 @@ _REGISTRY: dict[str, tuple[str, str, str]] = {
     "numba_winograd": ("cpu", "gpuconv.engines.numba_winograd", "NumbaWinograd"),
     "cuda_atomic": ("cuda", "gpuconv.engines.cuda_atomic", "CudaAtomic"),
     "cuda_gemm": ("cuda", "gpuconv.engines.cuda_gemm", "CudaGemm"),
+    "cuda_implicit_gemm": (
+        "cuda",
+        "gpuconv.engines.cuda_implicit_gemm",
+        "CudaImplicitGemm",
+    ),
 }
 
 _forced: ContextVar[str | None] = ContextVar("gpuconv_engine", default=None)

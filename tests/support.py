@@ -31,7 +31,7 @@ CPU_ENGINES = [
     "numba_direct",
     "numba_winograd",
 ]
-CUDA_ENGINES = ["cuda_atomic", "cuda_gemm"]
+CUDA_ENGINES = ["cuda_atomic", "cuda_gemm", "cuda_implicit_gemm"]
 DTYPES = ["float64", "float32", "float16"]
 
 

@@ -24,9 +24,11 @@ __all__ = [
     "Variant",
     "activation_defines",
     "clear",
+    "function",
     "grid_for",
     "has_activation",
     "launch",
+    "plans",
     "read",
     "variants",
 ]
@@ -39,6 +41,8 @@ _lock = threading.Lock()
 _modules: dict[tuple[int, Variant], Any] = {}
 _functions: dict[tuple[int, Variant, str], Any] = {}
 _multiprocessors: dict[int, int] = {}
+#: Launches that engines have worked out, by whatever tells them apart.
+plans: dict[Any, Any] = {}
 #: Dynamic shared memory, in bytes, that kernels have been allowed; unasked they have 48 KiB.
 _allowed: dict[tuple[int, Variant, str], int] = {}
 _UNASKED = 48 * 1024
@@ -167,7 +171,8 @@ def activation_defines(activation: Activation | None) -> dict[str, str]:
     return defines
 
 
-def _function(variant: Variant, name: str, device: int) -> Any:
+def function(variant: Variant, name: str, device: int) -> Any:
+    """Return a compiled kernel: call it with grid, block and arguments."""
     key = (device, variant, name)
     found = _functions.get(key)
     if found is None:
@@ -205,7 +210,7 @@ def launch(
     ``shared_bytes`` of dynamic shared memory are asked for, up to what a block of the device
     may have (``Architecture.shared_per_block``).
     """
-    kernel = _function(variant, name, device)
+    kernel = function(variant, name, device)
     if shared_bytes > _UNASKED:
         key = (device, variant, name)
         if _allowed.get(key, 0) < shared_bytes:
@@ -224,13 +229,15 @@ def clear() -> None:
         _functions.clear()
         _allowed.clear()
         _multiprocessors.clear()
+        plans.clear()
 
 
 def variants() -> Iterator[Variant]:
     """Yield variants that between them compile every kernel with every kind of constant."""
     from gpuconv.cuda import normalization
-    from gpuconv.engines import cuda_atomic, cuda_gemm
+    from gpuconv.engines import cuda_atomic, cuda_gemm, cuda_implicit_gemm
 
     yield from cuda_atomic.sample_variants()
     yield from cuda_gemm.sample_variants()
+    yield from cuda_implicit_gemm.sample_variants()
     yield from normalization.sample_variants()
