@@ -86,6 +86,7 @@ class CudaAtomic(Engine):
     device_kind = "cuda"
     deterministic = False
     fused_backward = True
+    reference = True
 
     def unsupported(self, problem: ConvProblem, pass_: Pass) -> str | None:
         """Return why it cannot compute this pass of ``problem``, or None."""

@@ -16,6 +16,7 @@ import numpy as np
 
 from gpuconv.activations import Activation, get_activation
 from gpuconv.cuda import architecture, cublas, kernels, prediction, runtime
+from gpuconv.device import probe
 from gpuconv.engines import cuda_arrays
 from gpuconv.engines.base import Engine, Pass, bias_grad
 from gpuconv.engines.cuda_arrays import (
@@ -186,7 +187,7 @@ class CudaGemm(Engine):
 
     def unsupported(self, problem: ConvProblem, pass_: Pass) -> str | None:
         """Return why it cannot compute this pass of ``problem``, or None."""
-        if problem.dtype == "bfloat16" and architecture.gpu().capability < 80:
+        if problem.dtype == "bfloat16" and probe().count and architecture.gpu().capability < 80:
             return "cuBLAS multiplies bfloat16 from compute capability 8.0 on"
         if not kernels.has_activation(problem.activation):
             return f"no kernel computes the activation {problem.activation}"
@@ -234,6 +235,8 @@ class CudaGemm(Engine):
         wanted = 4 if problem.itemsize == 2 else 0
         fixed = wanted * math.prod(problem.w_shape) if pass_ == "weight_grad" else 0
         position, example = self._position(problem), 0
+        if pass_ == "forward":
+            position += problem.out_channels * problem.itemsize
         if pass_ == "weight_grad" and problem.layout == CHANNELS_FIRST:
             example = math.prod(problem.y_shape[1:]) * problem.itemsize
         chunks = self._chunks(problem, position, example)
@@ -286,11 +289,10 @@ class CudaGemm(Engine):
         weights = _weight_matrices(problem, xp.ascontiguousarray(stored_weights(problem, w)))
         stored = stored_image(problem, y)
         dense = stored.flags.c_contiguous
-        element = problem.out_channels * problem.itemsize
-        position = (0 if direct else problem.taps * problem.in_channels * problem.itemsize) + (
-            0 if dense else element
-        )
         plain = b is None and problem.activation is None
+        position = 0 if direct else problem.taps * problem.in_channels * problem.itemsize
+        if not (dense and plain):  # room for results, where an example is divided
+            position += problem.out_channels * problem.itemsize
         bias = NULL if b is None else xp.ascontiguousarray(b)
         for n0, n, start, count in self._chunks(problem, position, 0):
             whole = count == windows.positions
@@ -303,6 +305,7 @@ class CudaGemm(Engine):
             _multiply(problem, columns, weights, target)
             if not (plain and target is z):
                 self._finish(problem, target, bias, y, n0, n, start, count, target is z)
+            del columns, target, z  # the next part has their memory
 
     def input_grad(self, problem: ConvProblem, dz: Array, w: Array, dx: Array) -> None:
         """Write the gradient with respect to ``x`` into ``dx``."""
@@ -325,6 +328,7 @@ class CudaGemm(Engine):
             columns = windows.empty(n, count)
             _multiply_back(problem, part, weights, columns)
             windows.col2im(columns, n0, n, start, count, sums)
+            del columns, part, dense
 
     def weight_grad(
         self, problem: ConvProblem, dz: Array, x: Array, dw: Array | None, db: Array | None
@@ -353,14 +357,16 @@ class CudaGemm(Engine):
                 columns = _part(problem, image, n0, n, start, count)
             else:
                 columns = windows.im2col(n0, n, start, count, merged=windows.first)
-            dense = given[n0 : n0 + n]
+            some = given[n0 : n0 + n]
             if windows.first and n > 1:  # a row of each channel, over all examples
-                rows = xp.ascontiguousarray(dense.swapaxes(0, 1))
+                rows = xp.ascontiguousarray(some.swapaxes(0, 1))
                 part = rows.reshape(1, problem.groups, -1, n * count)
+                del rows
             else:
-                part = _part(problem, xp.ascontiguousarray(dense), 0, n, start, count)
+                part = _part(problem, xp.ascontiguousarray(some), 0, n, start, count)
             _accumulate(problem, columns, part, matrices, later)
             later = True
+            del columns, part
         if not in_place:
             target[...] = sums
 

@@ -103,6 +103,10 @@ class _Plan:
         Shape of the parts of a divided sum; None where it is not divided.
     add : callable or None
         Adds up the parts: takes them, the bias and the result.
+    sums : str
+        Dtype of the sums.
+    as_sums : bool
+        The result is of that dtype and the operands are not.
     zero : bool
         There are results that no launch writes.
     """
@@ -113,6 +117,7 @@ class _Plan:
     product: Any
     parts: tuple[int, ...] | None
     sums: str
+    as_sums: bool
     add: Callable[[Array, Any, Array], None] | None
     zero: bool
 
@@ -171,7 +176,7 @@ class CudaImplicitGemm(Engine):
         device = xp.cuda.runtime.getDevice()
         aligned = a.data.ptr % 16 == 0, b.data.ptr % 16 == 0, c.data.ptr % 16 == 0
         key = (
-            self.name, problem, pass_, a.strides, b.strides, c.strides, aligned, device,
+            self.name, problem, pass_, a.strides, b.strides, c.strides, c.dtype, aligned, device,
             self.workspace_limit(),
         )  # fmt: skip
         plan = kernels.plans.get(key)
@@ -180,10 +185,11 @@ class CudaImplicitGemm(Engine):
         if plan.zero:
             c.fill(0)
         if plan.parts is None:
-            plan.kernel(plan.grid, plan.block, (a, b, bias, c, NULL, plan.product))
+            results = (NULL, c) if plan.as_sums else (c, NULL)
+            plan.kernel(plan.grid, plan.block, (a, b, bias, *results, plan.product))
             return
         parts = xp.empty(plan.parts, plan.sums)
-        plan.kernel(plan.grid, plan.block, (a, b, NULL, c, parts, plan.product))
+        plan.kernel(plan.grid, plan.block, (a, b, NULL, NULL, parts, plan.product))
         plan.add(parts, bias, c)
 
     def _plan(self, problem: ConvProblem, pass_: Pass, a: Array, b: Array, c: Array,
@@ -196,7 +202,7 @@ class CudaImplicitGemm(Engine):
         packs = product.packs(pass_, problem.dtype, aligned)
         far = max(*(reach(array) for array in (a, b, c)), math.prod(c.shape))
         # Rows beyond the last and the step beyond the end are counted too.
-        far += tile.rows * max(abs(s) for s in result) + DEPTH * max(map(abs, _strides(a)))
+        far += tile.rows * max(abs(s) for s in result) + DEPTH * max(map(abs, element_strides(a)))
         far = max(far, shape.rows + tile.rows, shape.inner + DEPTH * choice.parts)
         wide = far >= cuda_arrays.WIDE_FROM
         activation = problem.activation if pass_ == "forward" else None
@@ -216,15 +222,12 @@ class CudaImplicitGemm(Engine):
             structure,
             (choice.parts, *c.shape) if choice.parts > 1 else None,
             "float64" if problem.dtype == "float64" else "float32",
-            _adder(problem, c, choice.parts, activation, wide, device)
+            c.dtype.name != problem.dtype,
+            _adder(c, choice.parts, activation, wide, device)
             if choice.parts > 1
             else None,
             phases and not all(covered),
         )
-
-
-def _strides(array: Array) -> tuple[int, ...]:
-    return element_strides(array)
 
 
 def _dense(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -236,7 +239,7 @@ def _dense(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _adder(
-    problem: ConvProblem, c: Array, parts: int, activation: Activation | None, wide: bool,
+    c: Array, parts: int, activation: Activation | None, wide: bool,
     device: int,
 ) -> Callable[[Array, Any, Array], None]:  # fmt: skip
     """Return what adds up ``parts`` parts of an array like ``c``."""
@@ -247,7 +250,7 @@ def _adder(
     missing = 5 - len(c.shape)
     made["size"] = (*(1,) * missing, *c.shape)
     made["stride"] = (*(0,) * missing, *element_strides(c))
-    variant = _sum_variant(problem.dtype, wide, activation)
+    variant = _sum_variant(c.dtype.name, wide, activation)
     kernel = kernels.function(variant, variant.functions[0], device)
     grid, block = (kernels.grid_for(math.prod(c.shape), device),), (kernels.BLOCK,)
     count = np.int32(parts)

@@ -62,7 +62,7 @@ def phase_counts(problem: ConvProblem) -> tuple[int, ...]:
 
 
 def shape_of(problem: ConvProblem, pass_: Pass, divisible: bool = True) -> Shape:
-    """Return the sizes of the product, of the largest phase."""
+    """Return the sizes of the product; of several phases the most rows and the mean inner."""
     in_group, out_group = (
         c // problem.groups for c in (problem.in_channels, problem.out_channels)
     )
@@ -78,8 +78,7 @@ def shape_of(problem: ConvProblem, pass_: Pass, divisible: bool = True) -> Shape
         columns, inner = in_group, out_group
         if strided(problem, pass_):
             count *= math.prod(phase_counts(problem))
-            steps = zip(problem.kernel, _tap_steps(problem), strict=True)
-            inner *= math.prod(-(-k // s) for k, s in steps)
+            inner = -(-inner * problem.taps // math.prod(phase_counts(problem)))  # the mean
             divisible = False
         else:
             inner *= problem.taps
