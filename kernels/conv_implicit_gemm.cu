@@ -29,8 +29,10 @@
 //   3. a part of the tile in registers: shared memory gives an SM 32 floats a clock, and 128
 //      lanes want two each. A thread that computes 8 x 8 loads 8 + 8 for 64 multiply-adds, a
 //      quarter of a float each instead of two, and neighbours share them.
-//   4. double buffering: the next tile is on its way to registers while this one is multiplied,
-//      and one barrier a tile suffices.
+//   4. double buffering: the next tile is on its way while this one is multiplied, and one barrier
+//      a tile suffices. From sm_80 on it goes straight into the other buffer (cp.async, even the
+//      4 bytes of each element that is turned on its way), which frees the registers it would wait
+//      in; before that, and where 16-bit numbers become floats, it waits in registers.
 // Floor: the larger of FLOPs over the peak and bytes over the bandwidth. What remains of it is
 // the share of instructions that are no multiply-adds (some 15% with 8 x 8), and the last wave of
 // blocks that does not fill the device; the choice of tiles (gpuconv/cuda/tiles.py) weighs both.
@@ -40,15 +42,23 @@
 //
 // Compile-time constants: NDIM; WEIGHT_GRAD, PHASES; BM BN BK (tile), TM TN (of a thread), MIN
 // (blocks that an SM should hold); for A and B: VEC (elements a load moves, 16 bytes at most) and
-// BY_X (neighbouring threads along rows or columns, else along inner), VEC_C (elements a store
-// moves); DTYPE_*, INDEX_64, ACT. All strides are any. Blocks of BM/TM * BN/TN threads; grid
+// BY_X (neighbouring threads along rows or columns, else along inner) and LINEAR; CHECKED_A (0
+// where no window reaches into padding); VEC_C (elements a store moves); DTYPE_*, INDEX_64, ACT. All strides are any. Blocks of BM/TM * BN/TN threads; grid
 // (tiles of rows and columns and groups, splits, phases).
 
 #include "common.cuh"
+#include "mma.cuh"
 #include "vectors.cuh"
 #include "activations.cuh"
 
 #define THREADS (BM / TM * BN / TN)
+// What waits in registers, and addresses that share little, need more of them: fewer blocks.
+#if __CUDA_ARCH__ < 800 || __CUDA_ARCH__ >= 1200 || defined(DTYPE_F16) || defined(DTYPE_BF16) || \
+    (WEIGHT_GRAD && VEC_A == 1)
+#define HELD (MIN * 2 / 3)
+#else
+#define HELD MIN
+#endif
 
 // Digits, the fastest first: of a position column, row, depth, example; of a tap channel, column,
 // row, depth. Coordinates: column, row, depth.
@@ -111,8 +121,9 @@ template <bool POSITION> struct Odometer {
 };
 
 // Brings tiles of a matrix into shared memory, X rows (or columns) by BK of inner, a row of
-// shared memory for each inner index. CHECKED: the elements are those of windows.
-template <typename T, int X, int VEC, bool BY_X, bool CHECKED> struct Fetch {
+// shared memory for each inner index. CHECKED: the elements are those of windows, which may reach
+// into the padding. LINEAR: neighbours along inner have the same distance everywhere.
+template <typename T, int X, int VEC, bool BY_X, bool CHECKED, bool LINEAR> struct Fetch {
   typedef typename Sum<T>::type S;
   static const bool ROWS_ARE_POSITIONS = !WEIGHT_GRAD, INNER_ARE_POSITIONS = WEIGHT_GRAD;
   static const int FAST = (BY_X ? X : BK) / VEC, SLOW = BY_X ? BK : X;
@@ -136,26 +147,32 @@ template <typename T, int X, int VEC, bool BY_X, bool CHECKED> struct Fetch {
 
   __device__ __forceinline__ void start(Index first_inner, const int* inner) {
     k = first_inner + (BY_X ? slow() : fast());
-    at.set(k, inner);
+    if (!LINEAR) at.set(k, inner);
     live = 0;
   }
 
-  // Fetches the next tile into registers. Neither odometer nor live says more than that where
-  // k reaches end.
+  // Whether this thread has a share in the tile.
+  __device__ __forceinline__ bool busy() const { return LANES <= SLOW || slow() < SLOW; }
+
+  // Fetches the next tile, into registers or, ASYNC, on its way into shared memory.
+  template <bool ASYNC, int WIDTH>
   __device__ __forceinline__ void next(const T* from, Index end, const Product& p,
-                                       const int* inner, const int* step, const Index* strides) {
+                                       const int* inner, const int* step, const Index* strides,
+                                       S (*tile)[WIDTH]) {
     Index along = 0;
     int moved[NDIM];
     bool inside = true;
 #pragma unroll
     for (int i = 0; i < ITEMS; i++) {
       if (BY_X || i == 0) {
-        along = at.offset(strides);
-        inside = k < end && (LANES <= SLOW || slow() < SLOW);
+        along = LINEAR ? k * strides[0] : at.offset(strides);
+        inside = k < end && busy();
+        if (CHECKED) {
 #pragma unroll
-        for (int axis = 0; axis < NDIM; axis++)
-          moved[axis] = at.digit[digit_of<INNER_ARE_POSITIONS>(axis)] * p.move_inner[axis];
-        at.add(step, inner);
+          for (int axis = 0; axis < NDIM; axis++)
+            moved[axis] = at.digit[digit_of<INNER_ARE_POSITIONS>(axis)] * p.move_inner[axis];
+        }
+        if (!LINEAR) at.add(step, inner);
         k += BY_X && LANES < BK ? LANES : BK;
       }
       const int row = BY_X ? 0 : i;
@@ -165,14 +182,26 @@ template <typename T, int X, int VEC, bool BY_X, bool CHECKED> struct Fetch {
         for (int axis = 0; axis < NDIM; axis++)
           valid = valid && unsigned(coordinate[row][axis] + moved[axis]) < unsigned(p.size[axis]);
       }
+      const T* element = from + offset[row] + along;
+      if constexpr (ASYNC) {
+        if (!busy()) continue;
+        if constexpr (BY_X) {
+          copy_async<sizeof(T) * VEC>(&tile[slow() + i * LANES][fast()], element, valid);
+        } else {
 #pragma unroll
-      for (int v = 0; v < VEC; v++) items[i].v[v] = from_sum<T>(S(0));
-      if (valid) items[i] = load_pack<VEC>(from + offset[row] + along);
+          for (int v = 0; v < VEC; v++)
+            copy_async<sizeof(T)>(&tile[fast() + v][x(i)], element + v, valid);
+        }
+      } else {
+#pragma unroll
+        for (int v = 0; v < VEC; v++) items[i].v[v] = from_sum<T>(S(0));
+        if (valid) items[i] = load_pack<VEC>(element);
+      }
     }
   }
 
   template <int WIDTH> __device__ __forceinline__ void put(S (*tile)[WIDTH]) const {
-    if (LANES > SLOW && slow() >= SLOW) return;
+    if (!busy()) return;
 #pragma unroll
     for (int i = 0; i < ITEMS; i++) {
       Pack<S, VEC> values;
@@ -228,10 +257,12 @@ template <typename T>
 __device__ __forceinline__ void implicit_gemm(const T* a, const T* b, const T* bias, T* c,
                                               typename Sum<T>::type* parts, const Product& p) {
   typedef typename Sum<T>::type S;
-  typedef Fetch<T, BM, VEC_A, BY_X_A, true> FetchA;
-  typedef Fetch<T, BN, VEC_B, BY_X_B, false> FetchB;
+  typedef Fetch<T, BM, VEC_A, BY_X_A, CHECKED_A, LINEAR_A> FetchA;
+  typedef Fetch<T, BN, VEC_B, BY_X_B, false, LINEAR_B> FetchB;
   const int STEP_A = BY_X_A && FetchA::LANES < BK ? FetchA::LANES : BK;
   const int STEP_B = BY_X_B && FetchB::LANES < BK ? FetchB::LANES : BK;
+  // Copies go past the registers where the GPU can do that and nothing is to be converted.
+  const bool ASYNC = __CUDA_ARCH__ >= 800 && sizeof(T) == sizeof(S);
   const int F = 16 / sizeof(S);             // elements of 16 bytes
   const int WIDTH_A = BM + F, WIDTH_B = BN + F;  // rows of tiles begin in other banks
   __shared__ __align__(16) S tile_a[2][BK][WIDTH_A];
@@ -242,8 +273,9 @@ __device__ __forceinline__ void implicit_gemm(const T* a, const T* b, const T* b
   const int* base = p.base;
   Index a_base = p.a_base, b_base = 0, c_base = 0;
 #if PHASES
-  Phase phase;
-  phase.set<STEP_A, STEP_B>(p, blockIdx.z);
+  __shared__ Phase phase;
+  if (threadIdx.x == 0) phase.set<STEP_A, STEP_B>(p, blockIdx.z);
+  __syncthreads();
   rows = phase.rows, inner = phase.inner, step_a = phase.step_a, step_b = phase.step_b;
   base = phase.base;
   a_base += phase.a, b_base += phase.b, c_base += phase.c;
@@ -272,10 +304,12 @@ __device__ __forceinline__ void implicit_gemm(const T* a, const T* b, const T* b
     Odometer<!WEIGHT_GRAD> row;
     row.set(first_row + fetch_a.x(i), rows);
     fetch_a.offset[i] = a_base + row.offset(p.a_rows);
+    if (CHECKED_A) {
 #pragma unroll
-    for (int axis = 0; axis < NDIM; axis++)
-      fetch_a.coordinate[i][axis] =
-          base[axis] + row.digit[digit_of<!WEIGHT_GRAD>(axis)] * p.move_rows[axis];
+      for (int axis = 0; axis < NDIM; axis++)
+        fetch_a.coordinate[i][axis] =
+            base[axis] + row.digit[digit_of<!WEIGHT_GRAD>(axis)] * p.move_rows[axis];
+    }
     fetch_a.live |= unsigned(first_row + fetch_a.x(i) < row_count) << i;
   }
 #pragma unroll
@@ -297,17 +331,23 @@ __device__ __forceinline__ void implicit_gemm(const T* a, const T* b, const T* b
 #pragma unroll
     for (int j = 0; j < TN; j++) sum[i][j] = S(0);
 
-  fetch_a.next(a, end, p, inner, step_a, p.a_inner);
-  fetch_b.next(b, end, p, inner, step_b, p.b_inner);
+  const auto next = [&](int to) {
+    fetch_a.template next<ASYNC>(a, end, p, inner, step_a, p.a_inner, tile_a[to]);
+    fetch_b.template next<ASYNC>(b, end, p, inner, step_b, p.b_inner, tile_b[to]);
+    if (ASYNC) copy_async_commit();
+  };
+  next(0);
   int now = 0;
   for (Index k = begin; k < end; k += BK, now ^= 1) {
-    fetch_a.put(tile_a[now]);
-    fetch_b.put(tile_b[now]);
-    __syncthreads();
-    if (k + BK < end) {
-      fetch_a.next(a, end, p, inner, step_a, p.a_inner);
-      fetch_b.next(b, end, p, inner, step_b, p.b_inner);
+    if (ASYNC) {
+      copy_async_wait<0>();
+    } else {
+      fetch_a.put(tile_a[now]);
+      fetch_b.put(tile_b[now]);
     }
+    // All of this tile is there, and nobody reads the other any more.
+    __syncthreads();
+    if (k + BK < end) next(now ^ 1);
 #pragma unroll
     for (int kk = 0; kk < BK; kk++) {
       Pack<S, F> left[TM / F], right[TN / F];
@@ -361,7 +401,7 @@ __device__ __forceinline__ void implicit_gemm(const T* a, const T* b, const T* b
 }
 
 #define KERNEL(T, NAME)                                                                          \
-  extern "C" __global__ void __launch_bounds__(THREADS, MIN)                                     \
+  extern "C" __global__ void __launch_bounds__(THREADS, HELD)                                     \
       NAME(const T* __restrict__ a, const T* __restrict__ b, const T* __restrict__ bias,         \
            T* __restrict__ c, Sum<T>::type* __restrict__ parts, const Product product) {         \
     implicit_gemm<T>(a, b, bias, c, parts, product);                                             \

@@ -131,9 +131,7 @@ def oracle(c: Case, dtype: str, engine: str = "naive") -> Data:
     return Data(x, w, b, dy, y, dx, dw, db)
 
 
-def compute(
-    xp: Any, c: Case, dtype: str, by: str = "naive"
-) -> list[tuple[Any, np.ndarray]]:
+def compute(xp: Any, c: Case, dtype: str, by: str = "naive") -> list[tuple[Any, np.ndarray]]:
     """Return y, dx, dw and db of the library ``xp``, each beside the oracle's (of engine ``by``)."""
     data = oracle(c, dtype, by)
     x, w, dy = (xp.asarray(a) for a in (data.x, data.w, data.dy))

@@ -112,13 +112,9 @@ def stored_weights(problem: ConvProblem, view: Array) -> Array:
 def element_strides(array: Array) -> tuple[int, ...]:
     """Return the distances of neighbours along each axis, in elements; 0 for axes of one."""
     size = array.dtype.itemsize
-    return tuple(
-        s // size if n > 1 else 0 for n, s in zip(array.shape, array.strides, strict=True)
-    )
+    return tuple(s // size if n > 1 else 0 for n, s in zip(array.shape, array.strides, strict=True))
 
 
 def reach(array: Array) -> int:
     """Return how far an element of the array is from its first, in elements."""
-    return sum(
-        (n - 1) * abs(s) for n, s in zip(array.shape, element_strides(array), strict=True)
-    )
+    return sum((n - 1) * abs(s) for n, s in zip(array.shape, element_strides(array), strict=True))

@@ -398,7 +398,8 @@ class CudaGemm(Engine):
 
 def _weight_matrices(problem: ConvProblem, weights: Array) -> Array:
     """Return dense weights as a matrix a group: (groups, inner, out_group), or, channels first,
-    (groups, out_group, inner)."""
+    (groups, out_group, inner).
+    """
     groups, out_group = problem.groups, problem.out_channels // problem.groups
     if problem.layout == CHANNELS_FIRST:
         return weights.reshape(groups, out_group, -1)
@@ -407,7 +408,8 @@ def _weight_matrices(problem: ConvProblem, weights: Array) -> Array:
 
 def _part(problem: ConvProblem, image: Array, n0: int, n: int, start: int, count: int) -> Array:
     """Return positions of a dense image as (n, count, groups, in_group), or, channels first,
-    (n, groups, in_group, count): a view."""
+    (n, groups, in_group, count): a view.
+    """
     groups = problem.groups
     part = image[n0 : n0 + n]
     if problem.layout == CHANNELS_FIRST:
@@ -457,9 +459,7 @@ def _multiply_back(problem: ConvProblem, dz: Array, weights: Array, columns: Arr
             cublas.product(turned, dz[n], columns[n])
 
 
-def _accumulate(
-    problem: ConvProblem, columns: Array, dz: Array, dw: Array, later: bool
-) -> None:
+def _accumulate(problem: ConvProblem, columns: Array, dz: Array, dw: Array, later: bool) -> None:
     """Write windows transposed times ``dz`` into the matrices ``dw``, or add it (``later``)."""
     if problem.layout != CHANNELS_FIRST:
         cublas.product(_rows(columns).transpose(0, 2, 1), _rows(dz), dw, later)

@@ -20,7 +20,7 @@ from gpuconv.cuda import architecture, kernels, runtime, tiles
 from gpuconv.cuda.tiles import DEPTH, TILES, Choice, Tile
 from gpuconv.engines import cuda_arrays
 from gpuconv.engines.base import Engine, Pass, bias_grad
-from gpuconv.engines.cuda_arrays import NULL, element_strides, reach, three
+from gpuconv.engines.cuda_arrays import NULL, element_strides, reach
 from gpuconv.engines.cuda_product import Packs, describe, phase_counts, shape_of, strided
 from gpuconv.problem import ConvProblem
 
@@ -43,7 +43,8 @@ def _variant(
         "PHASES": int(phases), "BM": tile.rows, "BN": tile.columns, "BK": DEPTH,
         "TM": tile.thread_rows, "TN": tile.thread_columns, "MIN": tile.blocks,
         "VEC_A": packs.a, "VEC_B": packs.b, "VEC_C": packs.c, "BY_X_A": int(packs.a_by_row),
-        "BY_X_B": int(packs.b_by_column), **kernels.activation_defines(activation),
+        "BY_X_B": int(packs.b_by_column), "CHECKED_A": int(packs.a_checked),
+        "LINEAR_A": int(packs.a_linear), "LINEAR_B": int(packs.b_linear), **kernels.activation_defines(activation),
     }  # fmt: skip
     if wide_index:
         defines["INDEX_64"] = 1
@@ -171,7 +172,9 @@ class CudaImplicitGemm(Engine):
         if db is not None:
             bias_grad(dz, db)
 
-    def _run(self, problem: ConvProblem, pass_: Pass, a: Array, b: Array, bias: Any, c: Array) -> None:
+    def _run(
+        self, problem: ConvProblem, pass_: Pass, a: Array, b: Array, bias: Any, c: Array
+    ) -> None:
         xp = runtime.cupy()
         device = xp.cuda.runtime.getDevice()
         aligned = a.data.ptr % 16 == 0, b.data.ptr % 16 == 0, c.data.ptr % 16 == 0
@@ -199,17 +202,17 @@ class CudaImplicitGemm(Engine):
         tile, phases = choice.tile, strided(problem, pass_)
         result = element_strides(c) if choice.parts == 1 else _dense(c.shape)
         product = describe(problem, pass_, element_strides(a), element_strides(b), result)
-        packs = product.packs(pass_, problem.dtype, aligned)
+        packs = product.packs(problem, pass_, aligned)
         far = max(*(reach(array) for array in (a, b, c)), math.prod(c.shape))
         # Rows beyond the last and the step beyond the end are counted too.
         far += tile.rows * max(abs(s) for s in result) + DEPTH * max(map(abs, element_strides(a)))
         far = max(far, shape.rows + tile.rows, shape.inner + DEPTH * choice.parts)
         wide = far >= cuda_arrays.WIDE_FROM
         activation = problem.activation if pass_ == "forward" else None
-        blocks = (
-            -(-shape.rows // tile.rows) * -(-shape.columns // tile.columns) * problem.groups
-        )
-        structure = product.structure(tile, packs, choice.length, math.prod(c.shape), wide)
+        blocks = -(-shape.rows // tile.rows) * -(-shape.columns // tile.columns) * problem.groups
+        # The phases' sums differ in length: those that are not divided have no bound.
+        length = choice.length if choice.parts > 1 else 2**62 if wide else 2**31 - 1
+        structure = product.structure(tile, packs, length, math.prod(c.shape), wide)
         variant = _variant(
             problem.dtype, problem.ndim, pass_, phases, tile, packs, wide,
             activation if choice.parts == 1 else None,
@@ -223,9 +226,7 @@ class CudaImplicitGemm(Engine):
             (choice.parts, *c.shape) if choice.parts > 1 else None,
             "float64" if problem.dtype == "float64" else "float32",
             c.dtype.name != problem.dtype,
-            _adder(c, choice.parts, activation, wide, device)
-            if choice.parts > 1
-            else None,
+            _adder(c, choice.parts, activation, wide, device) if choice.parts > 1 else None,
             phases and not all(covered),
         )
 
@@ -244,9 +245,7 @@ def _adder(
 ) -> Callable[[Array, Any, Array], None]:  # fmt: skip
     """Return what adds up ``parts`` parts of an array like ``c``."""
     index = np.int64 if wide else np.int32
-    made = np.zeros(
-        1, np.dtype([("size", np.int32, (5,)), ("stride", index, (5,))], align=True)
-    )
+    made = np.zeros(1, np.dtype([("size", np.int32, (5,)), ("stride", index, (5,))], align=True))
     missing = 5 - len(c.shape)
     made["size"] = (*(1,) * missing, *c.shape)
     made["stride"] = (*(0,) * missing, *element_strides(c))

@@ -63,9 +63,7 @@ def phase_counts(problem: ConvProblem) -> tuple[int, ...]:
 
 def shape_of(problem: ConvProblem, pass_: Pass, divisible: bool = True) -> Shape:
     """Return the sizes of the product; of several phases the most rows and the mean inner."""
-    in_group, out_group = (
-        c // problem.groups for c in (problem.in_channels, problem.out_channels)
-    )
+    in_group, out_group = (c // problem.groups for c in (problem.in_channels, problem.out_channels))
     count, outputs = problem.groups, problem.batch * math.prod(problem.out_shape)
     if pass_ == "forward":
         rows, columns, inner = outputs, out_group, problem.taps * in_group
@@ -87,13 +85,28 @@ def shape_of(problem: ConvProblem, pass_: Pass, divisible: bool = True) -> Shape
 
 @dataclass(frozen=True)
 class Packs:
-    """How a variant loads and stores: elements at once, and whether along rows or columns."""
+    """How a variant loads and stores.
+
+    Parameters
+    ----------
+    a, b, c : int
+        Elements at once.
+    a_by_row, b_by_column : bool
+        Neighbouring threads load along rows or columns, else along inner.
+    a_checked : bool
+        Some element of A lies in the padding.
+    a_linear, b_linear : bool
+        Neighbours along inner have the same distance everywhere.
+    """
 
     a: int
     b: int
     c: int
     a_by_row: bool
     b_by_column: bool
+    a_checked: bool = True
+    a_linear: bool = False
+    b_linear: bool = False
 
 
 class Product:
@@ -120,17 +133,17 @@ class Product:
             step = step // n if i < last else 0
         return tuple(digits)
 
-    def packs(self, pass_: Pass, dtype: str, aligned: tuple[bool, bool, bool]) -> Packs:
+    def packs(self, problem: ConvProblem, pass_: Pass, aligned: tuple[bool, bool, bool]) -> Packs:
         """Return the widest accesses that alignment allows.
 
         Parameters
         ----------
+        problem : ConvProblem
         pass_ : str
-        dtype : str
         aligned : tuple of bool
             Whether A, B and C begin at multiples of the widest access.
         """
-        f, most = self.fields, 2 if dtype == "float64" else 4
+        f, most = self.fields, 2 if problem.dtype == "float64" else 4
         by_row = _first(f["rows"], f["a_rows"]) <= _first(f["inner"], f["a_inner"])
         by_column = abs(f["b_column"]) <= _first(f["inner"], f["b_inner"])
         if f["columns"] == 1:
@@ -139,7 +152,9 @@ class Product:
             by_column = True
 
         def all_divide(*values: Any) -> bool:
-            flat = (v for value in values for v in (value if isinstance(value, tuple) else (value,)))
+            flat = (
+                v for value in values for v in (value if isinstance(value, tuple) else (value,))
+            )
             return all(v % most == 0 for v in flat)
 
         # The run must lie within one digit: a tap's channels. Positions are checked one by one.
@@ -159,7 +174,17 @@ class Product:
         c = f["c_column"] == 1 and f["columns"] % most == 0 and aligned[2]
         c = c and all_divide(f["c_rows"], f["c_group"], f["c_axis"])
         width = {True: most, False: 1}
-        return Packs(width[a], width[b], width[c], by_row, by_column)
+        windows = problem.taps > 1 or any(pad > 0 for pads in problem.padding for pad in pads)
+        # Of an input gradient the output may be smaller than what is asked for.
+        smaller = pass_ == "input_grad" and problem.in_shape != problem.out_shape
+        checked = windows or strided(problem, pass_) or smaller
+        in_line = {key: _linear(f["inner"], f[f"{key}_inner"]) for key in "ab"}
+        if strided(problem, pass_):
+            in_line = {"a": False, "b": False}  # digits differ from phase to phase
+        return Packs(
+            width[a], width[b], width[c], by_row, by_column, checked,
+            in_line["a"] and not checked, in_line["b"],
+        )  # fmt: skip
 
     def structure(self, tile: Tile, packs: Packs, length: int, part_size: int, wide: bool) -> Any:
         """Return the argument of a launch.
@@ -186,6 +211,16 @@ class Product:
 def _first(radices: tuple[int, ...], strides: tuple[int, ...]) -> int:
     """Return the distance of neighbours: the stride of the first digit that counts."""
     return next((abs(s) for n, s in zip(radices, strides, strict=True) if n > 1), 0)
+
+
+def _linear(radices: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Return whether one more along the odometer is the same distance, whatever carries."""
+    count = 1
+    for n, stride in zip(radices, strides, strict=True):
+        if n > 1 and stride != count * strides[0]:
+            return False
+        count *= n
+    return True
 
 
 def _times(*vectors: Sequence[int]) -> tuple[int, ...]:

@@ -107,10 +107,9 @@ class Cublas:
                 f"{memory.size} bytes"
             )
         size = dtype.itemsize
-        raw = np.ndarray(
+        return np.ndarray(
             (count, rows, columns), dtype, memory.bytes, start, (apart * size, size, ld * size)
         )
-        return raw
 
     @staticmethod
     def _apart(c: np.ndarray) -> None:
