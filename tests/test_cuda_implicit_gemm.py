@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import cProfile
+import pstats
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from gpuconv.cuda import kernels, tiles
 from gpuconv.cuda.tiles import TILES, Choice, Tile
 from gpuconv.engines import cuda_arrays, cuda_implicit_gemm
 from tests.cuda_on_cpu import KernelError, sanitizer
+from tests.cuda_on_cpu.arrays import ndarray
 from tests.support import (
     CASES,
     Case,
@@ -312,3 +315,39 @@ def test_launches_are_planned_once(cp: Any, monkeypatch: pytest.MonkeyPatch) -> 
     for _ in range(3):
         compute(cp, CASE["strided"], "float32")
     assert sorted(made) == ["forward", "input_grad", "weight_grad"]
+
+
+@pytest.mark.parametrize("name", ["cuda_gemm", NAME])
+def test_a_call_waits_for_nothing(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """It can be captured in a CUDA graph: no number of the device's is read on the host."""
+    if real_gpu():
+        pytest.skip("looks at what is asked of the stand-in for CuPy")
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the host waits for the device")
+
+    with home(name) as cp, gpuconv.engine(name):
+        data = oracle(CASE["first-strided"], "float32")
+        x, w, b, dy = map(cp.asarray, (data.x, data.w, data.b, data.dy))
+        compute(cp, CASE["first-strided"], "float32")  # found, compiled and planned before
+        for reads in ("get", "item", "tolist", "__bool__", "__int__", "__float__", "__index__"):
+            monkeypatch.setattr(ndarray, reads, refuse)
+        for waits in (cp.cuda.runtime, cp.cuda.Stream):
+            for method in ("deviceSynchronize", "synchronize"):
+                monkeypatch.setattr(waits, method, refuse, raising=False)
+        gpuconv.conv2d(x, w, b, **CASE["first-strided"].keywords)
+        gpuconv.conv2d_backward(dy, x, w, **CASE["first-strided"].keywords)
+        monkeypatch.undo()
+
+
+def test_a_call_costs_few_steps_beside_its_launch(cp: Any) -> None:
+    """The fixed cost, counted: calls of Python's functions and methods, those of the stand-in too."""
+    x, w, b = cp.ones((1, 4, 4, 4), "float32"), cp.ones((3, 3, 4, 4), "float32"), cp.ones(4, "f4")
+    gpuconv.conv2d(x, w, b, padding=1, activation="ReLU")
+    profile = cProfile.Profile()
+    profile.enable()
+    gpuconv.conv2d(x, w, b, padding=1, activation="ReLU")
+    profile.disable()
+    steps = pstats.Stats(profile).stats  # type: ignore[attr-defined]
+    ours = sum(calls for (file, *_), (_, calls, *_) in steps.items() if "gpuconv/" in file)
+    assert 5 < ours < 60, ours

@@ -127,8 +127,8 @@ class Choice:
 
 def _parts(shape: Shape, wanted: int) -> tuple[int, int]:
     """Return how many parts the sum falls into if ``wanted`` are asked for, and their length."""
-    length = -(-(-(-shape.inner // wanted)) // DEPTH) * DEPTH
-    return -(-shape.inner // length), length
+    length = math.ceil(math.ceil(shape.inner / wanted) / DEPTH) * DEPTH
+    return math.ceil(shape.inner / length), length
 
 
 def _seconds(gpu: GPU, shape: Shape, tile: Tile, parts: int, length: int) -> float:

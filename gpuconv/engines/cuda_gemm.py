@@ -79,13 +79,12 @@ def _epilogue(
 
 def sample_variants() -> Iterator[kernels.Variant]:
     """Yield variants of every dtype, layout, width and index."""
-    relu = get_activation("ReLU")
     for dtype in CudaGemm.dtypes:
         yield _variant(dtype, False, _pack(dtype), False)
-        yield _variant(dtype, False, 1, True)
-        yield _variant(dtype, True, 1, False)
-        yield _epilogue(dtype, False, False, relu)
-        yield _epilogue(dtype, True, True, relu)
+        yield _epilogue(dtype, False, dtype == "float64", get_activation("ReLU"))
+    yield _variant("float32", False, 1, True)
+    yield _variant("float32", True, 1, False)
+    yield _epilogue("float32", True, False, None)
 
 
 def _pack(dtype: str) -> int:

@@ -65,29 +65,31 @@ def _sum_variant(dtype: str, wide_index: bool, activation: Activation | None) ->
 def sample_variants() -> Iterator[kernels.Variant]:
     """Yield variants of every tile and dtype, and of every pass, width, direction and index."""
     relu = get_activation("ReLU")
+    wide, narrow = Packs(4, 4, 4, False, True, b_linear=True), Packs(1, 1, 1, False, True)
+    along, back = Packs(4, 4, 4, True, True, b_linear=True), Packs(4, 4, 4, False, False)
+    point = Packs(4, 4, 4, False, True, False, True, True)
+    planes = Packs(1, 4, 1, False, False)
+    double, double_along = Packs(2, 2, 2, False, True, b_linear=True), Packs(2, 2, 2, True, True)
+    largest, tall, square, slim, small = TILES["float32"]
+    yield _variant("float32", 2, "forward", False, largest, wide, False, relu)
+    yield _variant("float32", 2, "input_grad", True, largest, back, False, None)
+    yield _variant("float32", 2, "weight_grad", False, largest, along, False, None)
+    yield _variant("float32", 2, "weight_grad", False, tall, planes, False, None)
+    yield _variant("float32", 2, "input_grad", False, square, back, False, None)
+    yield _variant("float32", 2, "forward", False, slim, point, False, None)
+    yield _variant("float32", 1, "forward", False, small, narrow, False, None)
+    yield _variant("float32", 3, "input_grad", True, small, narrow, True, None)
+    for tile, pass_, packs in zip(
+        TILES["float64"],
+        ("forward", "weight_grad", "input_grad"),
+        (double, double_along, Packs(1, 1, 1, True, False)),
+        strict=True,
+    ):
+        yield _variant("float64", 2, pass_, pass_ == "input_grad", tile, packs, False, None)
+    yield _variant("float16", 2, "forward", False, square, wide, False, None)
+    yield _variant("bfloat16", 2, "weight_grad", False, square, along, False, None)
     for dtype in CudaImplicitGemm.dtypes:
-        wide = 2 if dtype == "float64" else 4
-        forward = Packs(wide, wide, wide, False, True)
-        back = Packs(wide, wide, wide, False, False)
-        weights = Packs(wide, wide, wide, True, True)
-        planes = Packs(1, 1, 1, True, False)
-        planes_weights = Packs(1, wide, 1, False, False)
-        for tile in TILES[dtype] if dtype in ("float32", "float64") else TILES[dtype][2:3]:
-            yield _variant(dtype, 2, "forward", False, tile, forward, False, relu)
-            yield _variant(dtype, 2, "weight_grad", False, tile, weights, False, None)
-        tile = TILES[dtype][0]
-        yield _variant(dtype, 2, "input_grad", False, tile, back, False, None)
-        yield _variant(dtype, 2, "input_grad", True, tile, back, False, None)
-        yield _variant(dtype, 2, "forward", False, tile, planes, False, None)
-        yield _variant(dtype, 2, "weight_grad", False, tile, planes_weights, False, None)
-        yield _sum_variant(dtype, False, relu)
-    tile = TILES["float32"][2]
-    narrow = Packs(1, 1, 1, False, True)
-    for ndim in (1, 3):
-        yield _variant("float32", ndim, "forward", False, tile, narrow, False, None)
-        yield _variant("float32", ndim, "weight_grad", False, tile, narrow, True, None)
-        yield _variant("float32", ndim, "input_grad", True, tile, narrow, ndim == 3, None)
-    yield _sum_variant("float32", True, None)
+        yield _sum_variant(dtype, dtype == "float64", relu)
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,7 @@ class CudaImplicitGemm(Engine):
             plan = kernels.plans[key] = self._plan(problem, pass_, a, b, c, aligned, device)
         if plan.zero:
             c.fill(0)
-        if plan.parts is None:
+        if plan.parts is None or plan.add is None:
             results = (NULL, c) if plan.as_sums else (c, NULL)
             plan.kernel(plan.grid, plan.block, (a, b, bias, *results, plan.product))
             return
