@@ -52,8 +52,9 @@
 #include "activations.cuh"
 
 #define THREADS (BM / TM * BN / TN)
-// What waits in registers, and addresses that share little, need more of them: fewer blocks.
-#if __CUDA_ARCH__ < 800 || __CUDA_ARCH__ >= 1200 || defined(DTYPE_F16) || defined(DTYPE_BF16) || \
+// What waits in registers, and addresses that share little, need more of them: fewer blocks. So
+// do the compiler's schedules for some architectures (tiles.py knows which).
+#if __CUDA_ARCH__ < 800 || __CUDA_ARCH__ >= 1000 || defined(DTYPE_F16) || defined(DTYPE_BF16) || \
     (WEIGHT_GRAD && VEC_A == 1)
 #define HELD (MIN * 2 / 3)
 #else
@@ -375,10 +376,16 @@ __device__ __forceinline__ void implicit_gemm(const T* a, const T* b, const T* b
     for (int run = 0; run < TN / F; run++) {
       const int column = first_column + across + run * RUN_ACROSS;
       if (split) {
+        Pack<S, F> part;
 #pragma unroll
-        for (int v = 0; v < F; v++)
-          if (column + v < p.columns)
-            parts[row + (column + v) * p.c_column] = sum[i][run * F + v];
+        for (int v = 0; v < F; v++) part.v[v] = sum[i][run * F + v];
+        if (VEC_C == F) {
+          if (column < p.columns) store_pack<F>(parts + row + column, part);
+        } else {
+#pragma unroll
+          for (int v = 0; v < F; v++)
+            if (column + v < p.columns) parts[row + (column + v) * p.c_column] = part.v[v];
+        }
         continue;
       }
       Pack<T, F> values;

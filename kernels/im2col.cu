@@ -21,7 +21,7 @@
 // taps, with neighbouring threads at neighbouring addresses (channels, or positions where
 // channels come first), 16 bytes at a time where they are aligned.
 //
-// What implicit_gemm does better: X never exists in memory.
+// What conv_implicit_gemm.cu does better: X never exists in memory.
 //
 // Compile-time constants: CHANNELS_FIRST, VEC (channels a thread moves at once; 1 if
 // CHANNELS_FIRST), INDEX_64, DTYPE_*; EPILOGUE: only the last kernel, with ACT. Image strides
@@ -40,10 +40,11 @@ struct Shape {
   Index image[5];  // strides of example, depth, row, column, channel
 };
 
+// Unrolled, these loops gain nothing and spill registers: each tap is a load.
 #define EACH_TAP(s)                                                                              \
-  for (int o = 0, tap = 0; o < (s).kernel[0]; o++)                                               \
-    for (int p = 0; p < (s).kernel[1]; p++)                                                      \
-      for (int q = 0; q < (s).kernel[2]; q++, tap++)
+  _Pragma("unroll 1") for (int o = 0, tap = 0; o < (s).kernel[0]; o++)                           \
+    _Pragma("unroll 1") for (int p = 0; p < (s).kernel[1]; p++)                                  \
+      _Pragma("unroll 1") for (int q = 0; q < (s).kernel[2]; q++, tap++)
 
 // Which example, channel and position within [0, count) a thread's element number e is.
 struct Place {

@@ -49,7 +49,8 @@ def test_tiles_fit_every_architecture(dtype: str) -> None:
             assert tile.threads % 32 == 0
             assert tile.rows // tile.thread_rows % 4 == 0
             assert tile.columns // tile.thread_columns % 8 == 0
-            assert resident_blocks(facts, tile.threads, tile.registers, shared) >= 1
+            registers = tile.registers(facts.capability)
+            assert resident_blocks(facts, tile.threads, registers, shared) >= 1
 
 
 def test_large_products_take_large_tiles_and_small_ones_are_divided() -> None:

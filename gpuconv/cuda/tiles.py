@@ -24,8 +24,8 @@ _PARTS, _LEAST = 64, 16 * DEPTH
 _WARPS = 8
 #: Bytes that the L2 cache delivers for each that the memory does.
 _L2 = 3.0
-#: Multiply-adds that a block's start and end take the time of, for each thread.
-_FIXED = 1500
+#: Clocks that a block's start and end take, of which those of blocks side by side hide nothing.
+_FIXED = 2000
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class Tile:
     thread_rows, thread_columns : int
         Of a thread (TM, TN).
     blocks : int
-        That an SM should hold, which bounds the registers of a thread.
+        That an SM should hold, from 8.0 to 9.0; elsewhere a third less, as more registers are
+        needed there.
     share : float
         Of the peak that the inner loop reaches: of its instructions, those that multiply.
     """
@@ -56,10 +57,10 @@ class Tile:
         """Threads of a block."""
         return self.rows // self.thread_rows * (self.columns // self.thread_columns)
 
-    @property
-    def registers(self) -> int:
-        """Registers that a thread may use where an SM holds ``blocks`` blocks."""
-        return min(255, 65536 // (self.blocks * self.threads) // 8 * 8)
+    def registers(self, capability: int) -> int:
+        """Return the registers that a thread may use, at a compute capability (times ten)."""
+        blocks = self.blocks if 80 <= capability < 100 else max(1, self.blocks * 2 // 3)
+        return min(255, 65536 // (blocks * self.threads) // 8 * 8)
 
     def shared(self, itemsize: int) -> int:
         """Return the bytes of shared memory of a block, at that many bytes an element."""
@@ -138,13 +139,14 @@ def _seconds(gpu: GPU, shape: Shape, tile: Tile, parts: int, length: int) -> flo
     blocks = shape.count * parts
     blocks *= math.ceil(shape.rows / tile.rows) * math.ceil(shape.columns / tile.columns)
     facts = gpu.architecture
-    held = max(1, resident_blocks(facts, tile.threads, tile.registers, tile.shared(wide)))
+    registers = tile.registers(facts.capability)
+    held = max(1, resident_blocks(facts, tile.threads, registers, tile.shared(wide)))
     most = math.ceil(blocks / gpu.multiprocessors)  # that one SM computes
     warps = min(held, most) * tile.threads / 32
     lanes = facts.float64 if shape.dtype == "float64" else facts.float32
     rate = lanes * gpu.clock * tile.share * min(1.0, warps / _WARPS)
-    block = tile.rows * tile.columns * length + _FIXED * tile.threads
-    arithmetic = most * block / rate
+    block = tile.rows * tile.columns * length
+    arithmetic = most * block / rate + math.ceil(most / held) * _FIXED / gpu.clock
     fetched = blocks * (tile.rows + tile.columns) * length * small
     cache = prediction.bytes_moved(gpu, fetched) / _L2
     memory = prediction.bytes_moved(gpu, shape.bytes)

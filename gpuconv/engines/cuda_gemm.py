@@ -60,6 +60,7 @@ _STRUCTS = {wide: _struct(wide) for wide in (False, True)}
 @lru_cache(maxsize=256)
 def _variant(dtype: str, channels_first: bool, pack: int, wide_index: bool) -> kernels.Variant:
     defines = {"CHANNELS_FIRST": str(int(channels_first)), "VEC": str(pack)}
+    defines |= kernels.activation_defines(None)
     if wide_index:
         defines["INDEX_64"] = "1"
     end = kernels.suffix(dtype)

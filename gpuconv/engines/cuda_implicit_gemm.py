@@ -30,6 +30,8 @@ Array = Any
 
 #: Blocks of a launch's second and third axis.
 _MOST_BLOCKS = 65535
+#: Launches that are remembered.
+_MOST_PLANS = 4096
 
 
 @lru_cache(maxsize=1024)
@@ -186,6 +188,8 @@ class CudaImplicitGemm(Engine):
         )  # fmt: skip
         plan = kernels.plans.get(key)
         if plan is None:
+            if len(kernels.plans) >= _MOST_PLANS:
+                kernels.plans.clear()
             plan = kernels.plans[key] = self._plan(problem, pass_, a, b, c, aligned, device)
         if plan.zero:
             c.fill(0)
