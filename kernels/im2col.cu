@@ -184,19 +184,19 @@ __device__ __forceinline__ void bias_activation(const T* z, const T* b, T* y, co
 
 #ifdef EPILOGUE
 #define KERNELS(T, TYPE)                                                                         \
-  extern "C" __global__ void __launch_bounds__(256) conv_bias_activation_##TYPE(                 \
+  extern "C" __global__ void __launch_bounds__(256, 4) conv_bias_activation_##TYPE(              \
       const T* z, const T* b, T* y, const Shape shape, int n, Index start, Index count,          \
       int in_place) {                                                                            \
     bias_activation<T>(z, b, y, shape, n, start, count, in_place);                               \
   }
 #else
 #define KERNELS(T, TYPE)                                                                         \
-  extern "C" __global__ void __launch_bounds__(256) conv_im2col_##TYPE(                          \
+  extern "C" __global__ void __launch_bounds__(256, 4) conv_im2col_##TYPE(                       \
       const T* __restrict__ x, T* __restrict__ columns, const Shape shape, int n, Index start,   \
-      Index count, Index per_example, Index per_row) {                                             \
+      Index count, Index per_example, Index per_row) {                                           \
     im2col<T>(x, columns, shape, n, start, count, per_example, per_row);                         \
   }                                                                                              \
-  extern "C" __global__ void __launch_bounds__(256) conv_col2im_##TYPE(                          \
+  extern "C" __global__ void __launch_bounds__(256, 4) conv_col2im_##TYPE(                       \
       const T* __restrict__ columns, T* __restrict__ dx, Sum<T>::type* __restrict__ sums,        \
       const Shape shape, int n, Index start, Index count, Index per_example, Index per_row,      \
       int first, int last) {                                                                     \
