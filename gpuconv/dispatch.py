@@ -1,4 +1,7 @@
-"""The engine registry, and the choice: forced, else tuned, else the cheapest by prediction."""
+"""The engine registry, and the choice: forced, else tuned, else the cheapest by prediction.
+
+An engine that is there to be read is chosen only where it is forced or no other can compute.
+"""
 
 from __future__ import annotations
 
@@ -49,6 +52,12 @@ _REGISTRY: dict[str, tuple[str, str, str]] = {
     "cuda_depthwise": ("cuda", "gpuconv.engines.cuda_depthwise", "CudaDepthwise"),
     "cuda_winograd": ("cuda", "gpuconv.engines.cuda_winograd", "CudaWinograd"),
     "cudnn": ("cuda", "gpuconv.engines.cudnn", "Cudnn"),
+    "cuda_gemm": ("cuda", "gpuconv.engines.cuda_gemm", "CudaGemm"),
+    "cuda_implicit_gemm": (
+        "cuda",
+        "gpuconv.engines.cuda_implicit_gemm",
+        "CudaImplicitGemm",
+    ),
 }
 
 _forced: ContextVar[str | None] = ContextVar("gpuconv_engine", default=None)
@@ -258,6 +267,7 @@ def _choose(
     if not usable:
         reasons = "; ".join(f"{c.engine}: {c.reason}" for c in found)
         raise EngineError(f"no engine can compute {pass_} of {problem}: {reasons}")
+    usable = [c for c in usable if not get_engine(c.engine).reference] or usable
     if tuning.is_on() and len(usable) > 1 and all(math.isnan(c.tuned) for c in usable):
         predicted = {c.engine: c.seconds for c in usable}
         times = tuning.measure(problem, pass_, device_kind, predicted, get_engine)

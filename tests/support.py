@@ -31,7 +31,14 @@ CPU_ENGINES = [
     "numba_direct",
     "numba_winograd",
 ]
-CUDA_ENGINES = ["cuda_atomic", "cuda_depthwise", "cuda_winograd", "cudnn"]
+CUDA_ENGINES = [
+    "cuda_atomic",
+    "cuda_depthwise",
+    "cuda_gemm",
+    "cuda_implicit_gemm",
+    "cuda_winograd",
+    "cudnn",
+]
 DTYPES = ["float64", "float32", "float16"]
 
 
@@ -113,11 +120,14 @@ def draw(c: Case, dtype: str) -> tuple[np.ndarray, np.ndarray, np.ndarray | None
 
 
 @cache
-def oracle(c: Case, dtype: str) -> Data:
-    """Return the case's inputs rounded to ``dtype`` and the loops' results in float64."""
+def oracle(c: Case, dtype: str, engine: str = "naive") -> Data:
+    """Return the case's inputs rounded to ``dtype`` and the loops' results in float64.
+
+    Cases too large for the loops name another engine to ask.
+    """
     x, w, b = draw(c, dtype)
     wide = [None if a is None else a.astype("float64") for a in (x, w, b)]
-    with gpuconv.engine("naive"):
+    with gpuconv.engine(engine):
         y = gpuconv.conv2d(*wide, **c.keywords)
         rng = np.random.default_rng(c.seed + 1)
         dy = rng.standard_normal(y.shape).astype(dtype)
@@ -126,6 +136,17 @@ def oracle(c: Case, dtype: str) -> Data:
             dy.astype("float64"), wide[0], wide[1], y=y_seen.astype("float64"), **c.keywords
         )
     return Data(x, w, b, dy, y, dx, dw, db)
+
+
+def compute(xp: Any, c: Case, dtype: str, by: str = "naive") -> list[tuple[Any, np.ndarray]]:
+    """Return y, dx, dw and db of the library ``xp``, each beside the oracle's (of engine ``by``)."""
+    data = oracle(c, dtype, by)
+    x, w, dy = (xp.asarray(a) for a in (data.x, data.w, data.dy))
+    b = None if data.b is None else xp.asarray(data.b)
+    y = gpuconv.conv2d(x, w, b, **c.keywords)
+    seen = xp.asarray(data.y.astype(dtype)) if c.activation else None
+    grads = gpuconv.conv2d_backward(dy, x, w, y=seen, **c.keywords)
+    return list(zip([y, *grads], [data.y, data.dx, data.dw, data.db], strict=True))
 
 
 def tolerance(engine: str, dtype: str, reduction: int) -> float:

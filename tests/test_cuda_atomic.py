@@ -24,6 +24,7 @@ from tests.support import (
     Case,
     case,
     close,
+    compute,
     convolutions,
     home,
     host,
@@ -49,17 +50,6 @@ def cp() -> Iterator[Any]:
         pytest.skip("looks at what the stand-in for CuPy records")
     with home("cuda_atomic") as module, gpuconv.engine("cuda_atomic"):
         yield module
-
-
-def compute(xp: Any, c: Case, dtype: str) -> list[tuple[Any, np.ndarray]]:
-    """Return y, dx, dw and db, each beside the oracle's."""
-    data = oracle(c, dtype)
-    x, w, dy = (xp.asarray(a) for a in (data.x, data.w, data.dy))
-    b = None if data.b is None else xp.asarray(data.b)
-    y = gpuconv.conv2d(x, w, b, **c.keywords)
-    seen = xp.asarray(data.y.astype(dtype)) if c.activation else None
-    grads = gpuconv.conv2d_backward(dy, x, w, y=seen, **c.keywords)
-    return list(zip([y, *grads], [data.y, data.dx, data.dw, data.db], strict=True))
 
 
 def agree(xp: Any, c: Case, dtype: str) -> None:

@@ -183,7 +183,19 @@ def test_the_variants_hold_every_kernel_dtype_layout_index_and_activation() -> N
         f"conv2d_winograd_{part}_{t}"
         for part in ("filters", "input", "gradient", "filter_grad", "output")
         for t in ("bf16", "f16", "f32", "f64")
-    }
+    } | {
+        f"conv_{part}_{t}"
+        for part in ("im2col", "col2im", "bias_activation", "split_sum")
+        for t in ("bf16", "f16", "f32", "f64")
+    } | {
+        "conv2d_forward_gemm_128x128_f32", "conv2d_input_grad_gemm_128x128_f32",
+        "conv2d_weight_grad_gemm_128x128_f32", "conv2d_weight_grad_gemm_128x64_f32",
+        "conv2d_input_grad_gemm_64x64_f32", "conv2d_forward_gemm_128x32_f32",
+        "conv1d_forward_gemm_32x32_f32", "conv3d_input_grad_gemm_32x32_f32",
+        "conv2d_forward_gemm_64x64_f64", "conv2d_weight_grad_gemm_64x32_f64",
+        "conv2d_input_grad_gemm_32x32_f64", "conv2d_forward_gemm_64x64_f16",
+        "conv2d_weight_grad_gemm_64x64_bf16",
+    }  # fmt: skip
     kinds = {(v.dtype, kind(v)) for v in VARIANTS}
     for dtype in ("bfloat16", "float16", "float32", "float64"):
         for which in ("NHWC 32-bit offsets", "NCHW 32-bit offsets", "NHWC 64-bit offsets"):

@@ -24,9 +24,11 @@ __all__ = [
     "Variant",
     "activation_defines",
     "clear",
+    "function",
     "grid_for",
     "has_activation",
     "launch",
+    "plans",
     "read",
     "variants",
 ]
@@ -39,6 +41,11 @@ _lock = threading.Lock()
 _modules: dict[tuple[int, Variant], Any] = {}
 _functions: dict[tuple[int, Variant, str], Any] = {}
 _multiprocessors: dict[int, int] = {}
+#: Launches that engines have worked out, by whatever tells them apart.
+plans: dict[Any, Any] = {}
+#: Dynamic shared memory, in bytes, that kernels have been allowed; unasked they have 48 KiB.
+_allowed: dict[tuple[int, Variant, str], int] = {}
+_UNASKED = 48 * 1024
 
 
 def folder() -> Path:
@@ -164,7 +171,8 @@ def activation_defines(activation: Activation | None) -> dict[str, str]:
     return defines
 
 
-def _function(variant: Variant, name: str, device: int) -> Any:
+def function(variant: Variant, name: str, device: int) -> Any:
+    """Return a compiled kernel: call it with grid, block and arguments."""
     key = (device, variant, name)
     found = _functions.get(key)
     if found is None:
@@ -197,8 +205,17 @@ def launch(
     args: tuple[Any, ...],
     shared_bytes: int = 0,
 ) -> None:
-    """Launch a kernel on the current stream of ``device``, the current device."""
-    kernel = _function(variant, name, device)
+    """Launch a kernel on the current stream of ``device``, the current device.
+
+    ``shared_bytes`` of dynamic shared memory are asked for, up to what a block of the device
+    may have (``Architecture.shared_per_block``).
+    """
+    kernel = function(variant, name, device)
+    if shared_bytes > _UNASKED:
+        key = (device, variant, name)
+        if _allowed.get(key, 0) < shared_bytes:
+            kernel.max_dynamic_shared_size_bytes = shared_bytes
+            _allowed[key] = shared_bytes
     if shared_bytes:
         kernel(tuple(grid), tuple(block), args, shared_mem=shared_bytes)
     else:
@@ -210,16 +227,26 @@ def clear() -> None:
     with _lock:
         _modules.clear()
         _functions.clear()
+        _allowed.clear()
         _multiprocessors.clear()
+        plans.clear()
 
 
 def variants() -> Iterator[Variant]:
     """Yield variants that between them compile every kernel with every kind of constant."""
     from gpuconv.cuda import epilogue, normalization
-    from gpuconv.engines import cuda_atomic, cuda_depthwise, cuda_winograd
+    from gpuconv.engines import (
+        cuda_atomic,
+        cuda_depthwise,
+        cuda_gemm,
+        cuda_implicit_gemm,
+        cuda_winograd,
+    )
 
     yield from cuda_atomic.sample_variants()
     yield from cuda_winograd.sample_variants()
+    yield from cuda_gemm.sample_variants()
+    yield from cuda_implicit_gemm.sample_variants()
     yield from normalization.sample_variants()
     yield from epilogue.sample_variants()
     yield from cuda_depthwise.sample_variants()

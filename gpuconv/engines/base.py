@@ -51,6 +51,8 @@ class Engine(abc.ABC):
     deterministic: ClassVar[bool] = True
     #: Whether ``backward`` computes all gradients at once, epilogue included.
     fused_backward: ClassVar[bool] = False
+    #: Whether it is there to be read: chosen only if it is forced, or no other engine can.
+    reference: ClassVar[bool] = False
     #: Names of the dtypes it computes.
     dtypes: ClassVar[tuple[str, ...]] = ("float16", "bfloat16", "float32", "float64")
     #: Numbers of spatial axes it computes.

@@ -23,9 +23,11 @@ __all__ = [
     "WIDE_FROM",
     "by_axis",
     "copied",
+    "element_strides",
     "examples_at_once",
     "needs_wide_index",
     "parts",
+    "reach",
     "sizes",
     "stored_image",
     "stored_weights",
@@ -105,3 +107,14 @@ def stored_weights(problem: ConvProblem, view: Array) -> Array:
     if problem.layout != CHANNELS_FIRST:
         return view
     return view.transpose(problem.ndim + 1, problem.ndim, *range(problem.ndim))
+
+
+def element_strides(array: Array) -> tuple[int, ...]:
+    """Return the distances of neighbours along each axis, in elements; 0 for axes of one."""
+    size = array.dtype.itemsize
+    return tuple(s // size if n > 1 else 0 for n, s in zip(array.shape, array.strides, strict=True))
+
+
+def reach(array: Array) -> int:
+    """Return how far an element of the array is from its first, in elements."""
+    return sum((n - 1) * abs(s) for n, s in zip(array.shape, element_strides(array), strict=True))

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from gpuconv.activations import ELU, GELU, SELU, Activation, Affine, LeakyReLU, get_activation
-from gpuconv.cuda import kernels, runtime
+from gpuconv.cuda import architecture, kernels, prediction, runtime
 from gpuconv.engines.base import Engine, Pass
 from gpuconv.engines.cuda_arrays import (
     NULL,
@@ -86,6 +86,7 @@ class CudaAtomic(Engine):
     device_kind = "cuda"
     deterministic = False
     fused_backward = True
+    reference = True
 
     def unsupported(self, problem: ConvProblem, pass_: Pass) -> str | None:
         """Return why it cannot compute this pass of ``problem``, or None."""
@@ -95,7 +96,10 @@ class CudaAtomic(Engine):
 
     def cost(self, problem: ConvProblem, pass_: Pass) -> float:
         """Return the time at the rate of scattered loads or, for gradients, of atomics."""
-        return 1e-5 + problem.flops / (5e11 if pass_ == "forward" else 2e10)
+        gpu = architecture.gpu()
+        if pass_ == "forward":
+            return prediction.LAUNCH + prediction.scattered(gpu, problem)
+        return prediction.LAUNCH + prediction.atomics(gpu, problem.flops / 2)
 
     def workspace(self, problem: ConvProblem, pass_: Pass) -> int:
         """Return the bytes of the float32 sums of 16-bit gradients."""

@@ -53,6 +53,7 @@ class Home:
         self.used = self.peak = 0
         self.refused: list[int] = []
         self.compute_capability = "80"
+        self._memories: weakref.WeakSet[Memory] = weakref.WeakSet()
         self._here = threading.local()
 
     def take(self, size: int) -> None:
@@ -65,6 +66,14 @@ class Home:
             )
         self.used += size
         self.peak = max(self.peak, self.used)
+
+    def add(self, memory: Memory) -> None:
+        """Know of an array's memory."""
+        self._memories.add(memory)
+
+    def memory_of(self, pointer: int) -> Memory | None:
+        """Return the memory that a pointer points into."""
+        return next((m for m in self._memories if 0 <= pointer - m.start < m.size), None)
 
     @property
     def device(self) -> int:
@@ -114,6 +123,7 @@ class Memory:
             self.start = first
             offset = first - room.ctypes.data
             self.bytes = room[offset : offset + size]
+        home().add(self)
 
     def __del__(self) -> None:
         if self._home is not None:
