@@ -39,6 +39,9 @@ _lock = threading.Lock()
 _modules: dict[tuple[int, Variant], Any] = {}
 _functions: dict[tuple[int, Variant, str], Any] = {}
 _multiprocessors: dict[int, int] = {}
+#: Dynamic shared memory, in bytes, that kernels have been allowed; unasked they have 48 KiB.
+_allowed: dict[tuple[int, Variant, str], int] = {}
+_UNASKED = 48 * 1024
 
 
 def folder() -> Path:
@@ -197,8 +200,17 @@ def launch(
     args: tuple[Any, ...],
     shared_bytes: int = 0,
 ) -> None:
-    """Launch a kernel on the current stream of ``device``, the current device."""
+    """Launch a kernel on the current stream of ``device``, the current device.
+
+    ``shared_bytes`` of dynamic shared memory are asked for, up to what a block of the device
+    may have (``Architecture.shared_per_block``).
+    """
     kernel = _function(variant, name, device)
+    if shared_bytes > _UNASKED:
+        key = (device, variant, name)
+        if _allowed.get(key, 0) < shared_bytes:
+            kernel.max_dynamic_shared_size_bytes = shared_bytes
+            _allowed[key] = shared_bytes
     if shared_bytes:
         kernel(tuple(grid), tuple(block), args, shared_mem=shared_bytes)
     else:
@@ -210,6 +222,7 @@ def clear() -> None:
     with _lock:
         _modules.clear()
         _functions.clear()
+        _allowed.clear()
         _multiprocessors.clear()
 
 

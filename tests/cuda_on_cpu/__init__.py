@@ -32,7 +32,9 @@ __all__ = ["CUDADriverError", "CompileError", "KernelError", "compiler_available
 
 
 @contextmanager
-def stand_in(mode: str = "fast", seed: int = 0, devices: int = 1) -> Iterator[Module]:
+def stand_in(
+    mode: str = "fast", seed: int = 0, devices: int = 1, capability: int = 80
+) -> Iterator[Module]:
     """Put a module in the place of CuPy that runs kernels on the CPU.
 
     Parameters
@@ -43,6 +45,8 @@ def stand_in(mode: str = "fast", seed: int = 0, devices: int = 1) -> Iterator[Mo
         Of the order of blocks and threads. ``fast`` with the seed 0 runs them in order.
     devices : int
         Number of CUDA devices to show.
+    capability : int
+        Their compute capability, times ten: what kernels see as ``__CUDA_ARCH__``.
 
     Yields
     ------
@@ -56,7 +60,8 @@ def stand_in(mode: str = "fast", seed: int = 0, devices: int = 1) -> Iterator[Mo
 
         sanitizer.require()
     home = arrays.Home(mode, devices)
-    module = Module(home, Settings(mode, seed))
+    home.compute_capability = str(capability)
+    module = Module(home, Settings(mode, seed, capability))
     outer_home, outer = arrays.move_to(home), runtime.installed()
     runtime.install(module)
     try:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from gpuconv.cuda.architecture import architecture
 from tests.cuda_on_cpu import build, elf
 from tests.cuda_on_cpu.arrays import Memory, ndarray
 
@@ -22,6 +23,7 @@ __all__ = ["CUDADriverError", "KernelError", "RawKernel", "RawModule", "Settings
 
 _SHARED, _VARIABLE = -1, -2
 _MOST_SHARED = 48 * 1024  # without being asked for
+_USUAL = 80  # compute capability, times ten; that of runtime/device.h
 _launching = threading.Lock()  # the runtime runs one grid at a time
 
 
@@ -87,11 +89,15 @@ class Settings:
         One of ``build.MODES``.
     seed : int
         Of the order of blocks and threads, and of the checking mode's switches.
+    capability : int
+        Compute capability, times ten.
     """
 
-    def __init__(self, mode: str, seed: int) -> None:
+    def __init__(self, mode: str, seed: int, capability: int = _USUAL) -> None:
         self.mode = mode
         self.seed = seed
+        self.capability = capability
+        self.most_shared = architecture(capability).shared_per_block  # of one block
         self.launches: list[
             tuple[str, tuple[int, ...], tuple[int, ...]]
         ] = []  # kernel, grid, block
@@ -151,6 +157,8 @@ class RawModule:
         if backend != "nvrtc":
             raise ValueError(f"backend is {backend!r}; the stand-in knows 'nvrtc'")
         self.code, self.options = code, tuple(options)
+        if settings.capability != _USUAL:
+            self.options += (f"-D__CUDA_ARCH__={settings.capability}0",)
         self._settings = settings
 
     def compile(self) -> None:
@@ -178,10 +186,24 @@ class RawKernel:
 
     def __init__(self, name: str, kernel: _Kernel, path: Path, settings: Settings) -> None:
         self.name = name
-        self.max_dynamic_shared_size_bytes = _MOST_SHARED
         self.max_threads_per_block = kernel.max_threads or 1024
         self._kernel, self._path, self._settings = kernel, path, settings
         self._runner = _runner(settings.mode)
+        self._most_shared = _MOST_SHARED
+
+    @property
+    def max_dynamic_shared_size_bytes(self) -> int:
+        """Bytes of shared memory that a launch may ask for."""
+        return self._most_shared
+
+    @max_dynamic_shared_size_bytes.setter
+    def max_dynamic_shared_size_bytes(self, size: int) -> None:
+        if not 0 <= size <= self._settings.most_shared:
+            raise CUDADriverError(
+                f"CUDA_ERROR_INVALID_VALUE: {size} bytes of shared memory; a block of this device "
+                f"has at most {self._settings.most_shared}"
+            )
+        self._most_shared = size
 
     def __call__(
         self,

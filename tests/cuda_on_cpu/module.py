@@ -216,9 +216,9 @@ class Cuda:
             return (12, 9)
 
     def __init__(self, home: Home, settings: Settings) -> None:
-        self.runtime = Runtime(home)
+        self.runtime = Runtime(home, settings)
         self.nvtx = Nvtx()
-        self.Device = partial(Device, home)
+        self.Device = partial(Device, home, settings)
         self.Stream = partial(Stream, self)
         self.Event = Event
         self._stream = self.null_stream = Stream(self, null=True)
@@ -248,8 +248,8 @@ class Runtime:
 
     CUDARuntimeError = RuntimeError
 
-    def __init__(self, home: Home) -> None:
-        self._home = home
+    def __init__(self, home: Home, settings: Settings) -> None:
+        self._home, self._settings = home, settings
 
     def getDeviceCount(self) -> int:
         return self._home.devices
@@ -258,15 +258,17 @@ class Runtime:
         return self._home.device
 
     def setDevice(self, index: int) -> None:
-        Device(self._home, index).use()
+        Device(self._home, self._settings, index).use()
 
     def getDeviceProperties(self, index: int) -> dict[str, Any]:
-        Device(self._home, index)
+        facts = Device(self._home, self._settings, index).attributes
         return {
-            "name": b"CPU in the place of a GPU", "major": 8, "minor": 0, "totalGlobalMem": 1 << 30,
+            "name": b"CPU in the place of a GPU", "totalGlobalMem": 1 << 30,
+            "major": facts["ComputeCapabilityMajor"], "minor": facts["ComputeCapabilityMinor"],
             "multiProcessorCount": MULTIPROCESSORS, "clockRate": 1_000_000, "warpSize": 32,
             "memoryClockRate": 1_000_000, "memoryBusWidth": 64, "l2CacheSize": 1 << 20,
-            "sharedMemPerBlock": 48 * 1024, "sharedMemPerBlockOptin": 163 * 1024,
+            "sharedMemPerBlock": 48 * 1024,
+            "sharedMemPerBlockOptin": facts["MaxSharedMemoryPerBlockOptin"],
             "regsPerBlock": 65536, "maxThreadsPerBlock": 1024, "maxThreadsPerMultiProcessor": 2048,
         }  # fmt: skip
 
@@ -288,26 +290,28 @@ class Runtime:
 class Device:
     """``cupy.cuda.Device``: a context manager that makes it the current one."""
 
-    def __init__(self, home: Home, device: int | Any = None) -> None:
+    def __init__(self, home: Home, settings: Settings, device: int | Any = None) -> None:
         self.id = home.device if device is None else int(getattr(device, "id", device))
         if not 0 <= self.id < home.devices:
             raise RuntimeError("cudaErrorInvalidDevice: invalid device ordinal")
-        self._home = home
+        self._home, self._settings = home, settings
         self._before: list[int] = []
 
     @property
     def attributes(self) -> dict[str, int]:
         """Numbers of the device, under CUDA's names."""
+        major, minor = divmod(int(self._home.compute_capability), 10)
         return {
             "MultiProcessorCount": MULTIPROCESSORS, "WarpSize": 32, "MaxThreadsPerBlock": 1024,
-            "MaxSharedMemoryPerBlock": 48 * 1024, "MaxSharedMemoryPerBlockOptin": 163 * 1024,
-            "ComputeCapabilityMajor": 8, "ComputeCapabilityMinor": 0, "L2CacheSize": 1 << 20,
+            "MaxSharedMemoryPerBlock": 48 * 1024,
+            "MaxSharedMemoryPerBlockOptin": self._settings.most_shared,
+            "ComputeCapabilityMajor": major, "ComputeCapabilityMinor": minor, "L2CacheSize": 1 << 20,
             "ClockRate": 1_000_000, "MemoryClockRate": 1_000_000, "GlobalMemoryBusWidth": 64,
         }  # fmt: skip
 
     @property
     def compute_capability(self) -> str:
-        """That of the stand-in's devices."""
+        """Major and minor, as text."""
         return self._home.compute_capability
 
     mem_info = (1 << 30, 1 << 30)

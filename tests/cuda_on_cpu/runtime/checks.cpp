@@ -30,6 +30,8 @@ struct Access {
 // The last accesses of a few bytes; two readers, as one may be the next writer itself.
 struct Record {
   Access plain_write, atomic, read, other_read;
+  Access copy;  // into them, that has started and not landed
+  unsigned copies_from;  // such copies that may yet read them
 };
 
 struct Watched {
@@ -132,14 +134,32 @@ bool ordered(const Access& before, bool shared) {
 enum Way { READ, WRITE, ATOMIC };
 const char* const WAYS[] = {"reads", "writes", "atomically updates"};
 
+template <class F> void each_record(Watched& w, uintptr_t address, size_t size, F act) {
+  const unsigned shift = w.region.shift;
+  const size_t last = (address + size - 1 - w.region.start) >> shift;
+  for (size_t i = (address - w.region.start) >> shift; i <= last; i++) act(w.records[i]);
+}
+
 void record(Watched& w, uintptr_t address, size_t size, Way way, unsigned code) {
   const Access now = {thread_now.block, thread_now.epoch, (unsigned short)thread_now.thread,
                       thread_now.warp_epochs[thread_now.thread], code};
-  const unsigned shift = w.region.shift;
-  const size_t first = (address - w.region.start) >> shift;
-  const size_t last = (address + size - 1 - w.region.start) >> shift;
-  for (size_t i = first; i <= last; i++) {
-    Record& r = w.records[i];
+  each_record(w, address, size, [&](Record& r) {
+    if (r.copy.epoch && r.copy.block == now.block) {
+      char place[256], first[128], second[128];
+      describe(w, address, size, place, sizeof place);
+      cuda_on_cpu_fail("race: %s copies asynchronously and, before that copy has landed, %s %s %s "
+                       "[code %x] [code %x]",
+                       where(r.copy.block, r.copy.thread, first, sizeof first),
+                       where(now.block, now.thread, second, sizeof second), WAYS[way], place,
+                       r.copy.code, code);
+    }
+    if (r.copies_from && way != READ) {
+      char place[256], who[128];
+      describe(w, address, size, place, sizeof place);
+      cuda_on_cpu_fail("race: %s %s %s, which an asynchronous copy that has not landed reads "
+                       "[code %x]",
+                       where(now.block, now.thread, who, sizeof who), WAYS[way], place, code);
+    }
     if (w.shared && way != WRITE) {
       const bool written = r.plain_write.epoch && r.plain_write.block == now.block;
       const bool updated = r.atomic.epoch && r.atomic.block == now.block;
@@ -165,7 +185,14 @@ void record(Watched& w, uintptr_t address, size_t size, Way way, unsigned code) 
       const bool first = now.thread == r.read.thread && now.block == r.read.block;
       (first || (!second && ordered(r.read, w.shared)) ? r.read : r.other_read) = now;
     }
-  }
+  });
+}
+
+// The array or variable that the bytes lie in, or nullptr.
+Watched* find(uintptr_t address, size_t size) {
+  for (Watched& w : watched)
+    if (address >= w.region.start && address + size <= w.region.start + w.region.size) return &w;
+  return nullptr;
 }
 
 void check(const void* pointer, size_t size, Way way, void* caller) {
@@ -176,12 +203,8 @@ void check(const void* pointer, size_t size, Way way, void* caller) {
     countdown = 1 + random_below(2 * preempt - 1);
     cuda_on_cpu_yield();
   }
-  const unsigned code = (unsigned)((uintptr_t)caller - module_start);
-  for (Watched& w : watched) {
-    if (address < w.region.start || address + size > w.region.start + w.region.size) continue;
-    record(w, address, size, way, code);
-    return;
-  }
+  const unsigned code = checks_code(caller);
+  if (Watched* w = find(address, size)) return record(*w, address, size, way, code);
   // Constants, and the built-in variables; beside them nothing may be touched.
   const bool beyond_shared = address - dynamic_start < dynamic_most;
   for (const Image& image : images)
@@ -215,6 +238,33 @@ void checks_begin(const Launch* launch, char* dynamic_shared, size_t most) {
 void checks_end() {
   for (Watched& w : watched) free(w.records);
   watched.clear();
+}
+
+unsigned checks_code(void* caller) { return (unsigned)((uintptr_t)caller - module_start); }
+
+// A copy may read and write at any time between its start and its wait: meanwhile nobody else may
+// touch where it goes to, or write where it comes from.
+void checks_copy_starts(void* to, const void* from, size_t size, void* caller) {
+  if (from) check(from, size, READ, caller);
+  check(to, size, WRITE, caller);
+  Watched* w = find((uintptr_t)to, size);
+  Watched* source = from ? find((uintptr_t)from, size) : nullptr;
+  if (w == nullptr || !w->shared || (source && source->shared)) {
+    char who[128];
+    cuda_on_cpu_fail("%s copies asynchronously, but not from global to shared memory [code %x]",
+                     where(thread_now.block, thread_now.thread, who, sizeof who),
+                     checks_code(caller));
+  }
+  each_record(*w, (uintptr_t)to, size, [](Record& r) { r.copy = r.plain_write; });
+  if (source) each_record(*source, (uintptr_t)from, size, [](Record& r) { r.copies_from++; });
+}
+
+void checks_copy_lands(void* to, const void* from, size_t size, void* caller) {
+  Watched* w = find((uintptr_t)to, size);
+  Watched* source = from ? find((uintptr_t)from, size) : nullptr;
+  each_record(*w, (uintptr_t)to, size, [](Record& r) { r.copy = {}; });
+  if (source) each_record(*source, (uintptr_t)from, size, [](Record& r) { r.copies_from--; });
+  record(*w, (uintptr_t)to, size, WRITE, checks_code(caller));
 }
 
 // ---------------------------------------------------------- what the compiled kernels call

@@ -8,8 +8,11 @@
 
 #include "interface.h"
 
+#define CUDA_ON_CPU 1
 #define __CUDACC__ 1
+#ifndef __CUDA_ARCH__
 #define __CUDA_ARCH__ 800
+#endif
 #define __device__
 #define __host__
 #define __constant__ static
@@ -47,6 +50,7 @@ extern "C" int printf(const char*, ...);
 #include "mathematics.h"
 #include "together.h"
 #include "atomics.h"
+#include "tensor.h"
 
 // ----------------------------------------------------------------------------- loads and stores
 

@@ -59,6 +59,16 @@ int cuda_on_cpu_barrier(int op, int predicate, int line);
 unsigned cuda_on_cpu_gather(int op, unsigned mask, cuda_on_cpu_bits value, cuda_on_cpu_bits* all,
                             int line);
 
+// The same for all 32 lanes; the last to arrive calls whole, if it is given, with their values
+// before any goes on.
+void cuda_on_cpu_whole_warp(int op, cuda_on_cpu_bits value, cuda_on_cpu_bits* all,
+                            void (*whole)(const cuda_on_cpu_bits* all));
+
+// Asynchronous copies (cp.async, commit_group, wait_group) of the thread that calls.
+void cuda_on_cpu_copy_async(void* to, const void* from, int size, int valid, void* caller);
+void cuda_on_cpu_copy_commit();
+void cuda_on_cpu_copy_wait(int most);
+
 unsigned cuda_on_cpu_active_mask();
 unsigned cuda_on_cpu_lane();
 void* cuda_on_cpu_dynamic_shared();
@@ -71,4 +81,8 @@ void cuda_on_cpu_trap();
 void cuda_on_cpu_atomic(const void* address, size_t size, void* caller);
 }
 
-enum { GATHER_SYNC, GATHER_SHUFFLE, GATHER_VOTE, GATHER_MATCH, GATHER_REDUCE, GATHER_USER };
+enum {
+  GATHER_SYNC, GATHER_SHUFFLE, GATHER_VOTE, GATHER_MATCH, GATHER_REDUCE, GATHER_USER,
+  GATHER_LDMATRIX = 100,  // and twice the number of tiles, and whether they are transposed
+  GATHER_MMA = 200,       // and the shape and type
+};

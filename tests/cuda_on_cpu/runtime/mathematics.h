@@ -118,6 +118,19 @@ inline float __uint_as_float(unsigned v) { return cuda_on_cpu_cast<float>(v); }
 inline long long __double_as_longlong(double v) { return cuda_on_cpu_cast<long long>(v); }
 inline double __longlong_as_double(long long v) { return cuda_on_cpu_cast<double>(v); }
 
+namespace cuda_on_cpu {
+
+// The value of a float16.
+inline float half_value(unsigned short bits) {
+  const unsigned sign = (bits & 0x8000u) << 16, exponent = bits >> 10 & 31u, mantissa = bits & 1023u;
+  if (exponent == 31) return __uint_as_float(sign | 0x7f800000u | mantissa << 13);
+  if (exponent) return __uint_as_float(sign | (exponent + 112u) << 23 | mantissa << 13);
+  const float tiny = (float)mantissa * 0x1p-24f;
+  return sign ? -tiny : tiny;
+}
+
+}  // namespace cuda_on_cpu
+
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
 inline int __popcll(unsigned long long v) { return __builtin_popcountll(v); }
 inline int __clz(int v) { return v ? __builtin_clz((unsigned)v) : 32; }

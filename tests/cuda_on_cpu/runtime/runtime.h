@@ -19,6 +19,13 @@ unsigned random_below(unsigned bound);
 bool in_stacks(uintptr_t address);
 const char* where(unsigned block, unsigned thread, char* text, size_t size);
 
-// Of checks.cpp; a runtime without checks has empty ones.
+// Of copies.cpp: before a block's first thread, and after each thread's end.
+void copies_begin(unsigned threads);
+void copies_end(unsigned thread);
+
+// Of checks.cpp; a runtime without checks has empty ones. Copies without a source write zeros.
 void checks_begin(const Launch* launch, char* dynamic_shared, size_t most);
 void checks_end();
+void checks_copy_starts(void* to, const void* from, size_t size, void* caller);
+void checks_copy_lands(void* to, const void* from, size_t size, void* caller);
+unsigned checks_code(void* caller);  // where that is in the kernel's module

@@ -194,6 +194,7 @@ static void fiber_main() {
     states[thread] = READY;
     set_thread(thread);
     launch->call(launch->arguments);
+    copies_end(thread);
     states[thread] = FINISHED;
     finished++;
     if (start_one()) continue;
@@ -243,8 +244,8 @@ int cuda_on_cpu_barrier(int op, int predicate, int line) {
 
 unsigned cuda_on_cpu_lane() { return thread_now.thread % 32; }
 
-unsigned cuda_on_cpu_gather(int op, unsigned mask, cuda_on_cpu_bits value, cuda_on_cpu_bits* all,
-                            int line) {
+static unsigned meet(int op, unsigned mask, cuda_on_cpu_bits value, cuda_on_cpu_bits* all,
+                     void (*whole)(const cuda_on_cpu_bits*), int line) {
   const unsigned lane = thread_now.thread % 32, warp = thread_now.thread / 32;
   if (!(mask >> lane & 1))
     cuda_on_cpu_fail("line %d: lane %u calls a warp collective whose mask %08x does not name it",
@@ -269,6 +270,7 @@ unsigned cuda_on_cpu_gather(int op, unsigned mask, cuda_on_cpu_bits value, cuda_
   m->values[lane] = value;
   m->here |= 1u << lane;
   if (m->full()) {
+    if (whole) whole(m->values);
     for (unsigned t = warp * 32; t < thread_count && t < warp * 32 + 32; t++)
       if (mask >> (t % 32) & 1 && t != thread_now.thread) make_ready(t);
     if (launch->shuffle) cuda_on_cpu_yield();
@@ -280,6 +282,19 @@ unsigned cuda_on_cpu_gather(int op, unsigned mask, cuda_on_cpu_bits value, cuda_
   m->left &= ~(1u << lane);
   if (op == GATHER_SYNC) thread_now.warp_epochs[thread_now.thread]++;
   return mask;
+}
+
+unsigned cuda_on_cpu_gather(int op, unsigned mask, cuda_on_cpu_bits value, cuda_on_cpu_bits* all,
+                            int line) {
+  return meet(op, mask, value, all, nullptr, line);
+}
+
+void cuda_on_cpu_whole_warp(int op, cuda_on_cpu_bits value, cuda_on_cpu_bits* all,
+                            void (*whole)(const cuda_on_cpu_bits*)) {
+  if (thread_count - thread_now.thread / 32 * 32 < 32)
+    cuda_on_cpu_fail("an operation of a whole warp, in a block of %u threads whose last warp has "
+                     "fewer than 32", thread_count);
+  meet(op, 0xffffffffu, value, all, whole, 0);
 }
 
 unsigned cuda_on_cpu_active_mask() {
@@ -335,6 +350,7 @@ static void run_block(unsigned block) {
   states.assign(thread_count, UNSTARTED);
   for (auto& warp : meetings) warp.clear();
   barrier = {};
+  copies_begin(thread_count);
   // What shared memory holds at first is undefined: NaN, so that its use shows.
   memset(dynamic_shared, 0xff, launch->dynamic_shared);
   for (size_t i = 0; i < launch->region_count; i++)

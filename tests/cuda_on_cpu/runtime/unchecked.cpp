@@ -3,3 +3,6 @@
 
 void checks_begin(const Launch*, char*, size_t) {}
 void checks_end() {}
+void checks_copy_starts(void*, const void*, size_t, void*) {}
+void checks_copy_lands(void*, const void*, size_t, void*) {}
+unsigned checks_code(void*) { return 0; }

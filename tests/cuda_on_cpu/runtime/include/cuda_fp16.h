@@ -27,14 +27,6 @@ inline float to_odd(double value) {
   return __uint_as_float(bits | 1u);
 }
 
-inline float half_value(unsigned short bits) {
-  const unsigned sign = (bits & 0x8000u) << 16, exponent = bits >> 10 & 31u, mantissa = bits & 1023u;
-  if (exponent == 31) return __uint_as_float(sign | 0x7f800000u | mantissa << 13);
-  if (exponent) return __uint_as_float(sign | (exponent + 112u) << 23 | mantissa << 13);
-  const float tiny = (float)mantissa * 0x1p-24f;
-  return sign ? -tiny : tiny;
-}
-
 }  // namespace cuda_on_cpu
 
 struct __half_raw {
