@@ -46,6 +46,7 @@ _REGISTRY: dict[str, tuple[str, str, str]] = {
     "numba_direct": ("cpu", "gpuconv.engines.numba_direct", "NumbaDirect"),
     "numba_winograd": ("cpu", "gpuconv.engines.numba_winograd", "NumbaWinograd"),
     "cuda_atomic": ("cuda", "gpuconv.engines.cuda_atomic", "CudaAtomic"),
+    "cuda_tensor_core": ("cuda", "gpuconv.engines.cuda_tensor_core", "CudaTensorCore"),
 }
 
 _forced: ContextVar[str | None] = ContextVar("gpuconv_engine", default=None)

@@ -31,7 +31,7 @@ CPU_ENGINES = [
     "numba_direct",
     "numba_winograd",
 ]
-CUDA_ENGINES = ["cuda_atomic"]
+CUDA_ENGINES = ["cuda_atomic", "cuda_tensor_core"]
 DTYPES = ["float64", "float32", "float16"]
 
 

@@ -101,12 +101,15 @@ class Variant:
         Constants in sorted order.
     functions : tuple of str
         Kernels it holds.
+    capability : int
+        The lowest compute capability, times ten, that it is for; 0: any.
     """
 
     file: str
     dtype: str
     defines: tuple[tuple[str, str], ...]
     functions: tuple[str, ...]
+    capability: int = 0
 
     @property
     def source(self) -> str:
@@ -229,7 +232,8 @@ def clear() -> None:
 def variants() -> Iterator[Variant]:
     """Yield variants that between them compile every kernel with every kind of constant."""
     from gpuconv.cuda import normalization
-    from gpuconv.engines import cuda_atomic
+    from gpuconv.engines import cuda_atomic, cuda_tensor_core
 
     yield from cuda_atomic.sample_variants()
+    yield from cuda_tensor_core.sample_variants()
     yield from normalization.sample_variants()

@@ -1,0 +1,445 @@
+"""Tensor cores, no im2col in memory: ``kernels/conv_tensor_core.cu``.
+
+float16 and bfloat16 with float32 sums, and float32 as TF32 where ``set_precision("tf32")`` allows
+it. Arrays are taken as they are where they are dense, channels last and each group's channels an
+even number of 16-bit values; others are copied so first, in parts of the batch that fit the
+workspace, channels filled up with zeros.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from gpuconv import settings
+from gpuconv.activations import Activation, get_activation
+from gpuconv.cuda import architecture, kernels, runtime, tensor_tiles
+from gpuconv.cuda.tensor_tiles import Choice, Product, Tile
+from gpuconv.device import probe
+from gpuconv.engines import cuda_arrays
+from gpuconv.engines.base import Engine, Pass, bias_grad
+from gpuconv.engines.cuda_arrays import NULL, three
+from gpuconv.problem import CHANNELS_FIRST, ConvProblem
+
+__all__ = ["CudaTensorCore", "sample_variants"]
+
+Array = Any
+
+_PASSES = {"forward": 0, "input_grad": 1, "weight_grad": 2}
+_SUFFIXES = {"float16": "f16", "bfloat16": "bf16", "float32": "tf32"}
+#: Lowest compute capability, times ten.
+_NEEDS = {"float16": 75, "bfloat16": 80, "float32": 80}
+#: Positions are counted in 32 bits, to the end of the last tile.
+_MOST_POSITIONS = 2**31 - 2**16
+
+
+# ------------------------------------------------------------------------------------- variants
+
+
+@lru_cache(maxsize=1024)
+def _variant(
+    tile: Tile,
+    product: Product,
+    dtype: str,
+    axes: int,
+    capability: int,
+    wide_index: bool,
+    activation: Activation | None,
+) -> kernels.Variant:
+    """Return the specialisation of ``conv_tensor_core.cu``."""
+    name = f"conv_{product.pass_}_tensor_{_SUFFIXES[dtype]}_{tile}"
+    defines = {
+        "KERNEL": name,
+        "PASS": str(_PASSES[product.pass_]),
+        "NDIM": str(axes),
+        "TILE_M": str(tile.rows),
+        "TILE_N": str(tile.columns),
+        "TILE_K": str(tensor_tiles.DEPTH_BYTES // product.itemsize),
+        "WARP_M": str(tile.warp_rows),
+        "WARP_N": str(tile.warp_columns),
+        "STAGES": str(tile.stages_on(capability)),
+        "BLOCKS": str(tile.blocks_at_least(product)),
+        "COPY": str(product.copy_bytes),
+        **kernels.activation_defines(activation),
+    }
+    if wide_index:
+        defines["INDEX_64"] = "1"
+    return kernels.Variant(
+        "conv_tensor_core.cu", dtype, tuple(sorted(defines.items())), (name,), _NEEDS[dtype]
+    )
+
+
+@lru_cache(maxsize=64)
+def _sums_variant(dtype: str, activation: Activation | None) -> kernels.Variant:
+    """Return the specialisation of ``conv_split_sums.cu``."""
+    name = f"conv_split_sums_{kernels.suffix(dtype)}"
+    defines = {"KERNEL": name, **kernels.activation_defines(activation)}
+    return kernels.Variant("conv_split_sums.cu", dtype, tuple(sorted(defines.items())), (name,))
+
+
+def sample_variants() -> Iterator[kernels.Variant]:
+    """Yield variants that between them hold every tile, pass, dtype and width of copies."""
+    relu = get_activation("ReLU")
+    passes: tuple[Pass, ...] = ("forward", "input_grad", "weight_grad")
+    for number, tile in enumerate(tensor_tiles.TILES):
+        for k, dtype in enumerate(_SUFFIXES):
+            pass_ = passes[(number + k) % 3]
+            copy = 16 if not tile.narrow_blocks else (8, 16, 4)[(number + k) % 3]
+            product = Product(pass_, 4 if dtype == "float32" else 2, copy, 1, 1, 1, 1, 1, 1)
+            activation = relu if pass_ == "forward" else None
+            yield _variant(tile, product, dtype, 2 + number % 2, 80, number == 2, activation)
+    for dtype in _SUFFIXES:
+        yield _sums_variant(dtype, relu)
+
+
+# ---------------------------------------------------------------------------------------- plans
+
+
+def _filled(count: int, itemsize: int) -> int:
+    """Return how many channels a group has in copies: of 16 bits an even number, else more."""
+    if itemsize == 4 or count % 2 == 0:
+        return count
+    return {1: 2, 3: 4}.get(count, -(-count // 8) * 8)
+
+
+def _channels(problem: ConvProblem, pass_: Pass) -> tuple[int, int]:
+    """Return the input and output channels that a group has in the arrays that kernels read."""
+    c, o = problem.in_channels // problem.groups, problem.out_channels // problem.groups
+    fill = problem.itemsize
+    return (c if pass_ == "input_grad" else _filled(c, fill)), _filled(o, fill)
+
+
+@lru_cache(maxsize=4096)
+def _product(problem: ConvProblem, pass_: Pass) -> Product:
+    """Return the pass as products of matrices."""
+    c, o = _channels(problem, pass_)
+    positions = problem.batch * math.prod(problem.out_shape)
+    count, results = problem.groups, math.prod(problem.y_shape)
+    columns = problem.out_channels // problem.groups
+    aligned = (o,) if pass_ == "input_grad" else (c, o)
+    if pass_ == "forward":
+        rows, depth = positions, problem.taps * c
+    elif pass_ == "weight_grad":
+        rows, depth, results = problem.taps * c, positions, math.prod(problem.w_shape)
+    else:
+        shares = zip(problem.in_shape, problem.stride, strict=True)
+        rows = problem.batch * math.prod(-(-n // s) for n, s in shares)
+        phases = math.prod(problem.stride)
+        depth, count = -(-problem.taps * o // phases), count * phases
+        columns, results = c, math.prod(problem.x_shape)
+    size = problem.itemsize
+    copy_bytes = next(b for b in (16, 8, 4) if all(n * size % b == 0 for n in aligned))
+    return Product(pass_, size, copy_bytes, rows, columns, depth, count, results, problem.bytes)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a launch needs beside the arrays."""
+
+    variant: kernels.Variant
+    sums: kernels.Variant
+    grid: tuple[int]
+    block: tuple[int]
+    shared_bytes: int
+    splits: int
+    results: int
+    sizes: tuple[np.int32, ...]
+
+
+@lru_cache(maxsize=4096)
+def _plan(problem: ConvProblem, pass_: Pass, device: int, room: int) -> _Plan:
+    gpu = architecture.gpu(device)
+    product = _product(problem, pass_)
+    choice = tensor_tiles.choose(gpu, product, room)
+    tile, splits = choice.tile, choice.splits
+    c, o = _channels(problem, pass_)
+    groups = problem.groups
+    in_shape, out_shape = three(problem.in_shape, 1), three(problem.out_shape, 1)
+    if pass_ == "input_grad":
+        image = (*out_shape, o, groups * o)
+        positions, rows_y, pitch_y = in_shape, 0, problem.in_channels
+    else:
+        image = (*in_shape, c, groups * c)
+        positions, rows_y = out_shape, problem.in_channels // groups
+        pitch_y = problem.out_channels
+    sizes = (
+        problem.batch, *image, *positions, groups * o, o, rows_y, pitch_y, product.columns,
+        *three(problem.kernel, 1), *three(problem.stride, 1), *three(problem.dilation, 1),
+        *three(tuple(before for before, _ in problem.padding), 0), groups, splits,
+    )  # fmt: skip
+    tiles = -(-product.rows // tile.rows) * -(-product.columns // tile.columns)
+    largest = max(
+        problem.batch * math.prod(problem.in_shape) * groups * max(c, 1),
+        problem.batch * math.prod(problem.out_shape) * groups * o,
+        problem.taps * c * groups * o,
+        product.results * (splits + 1),
+    )
+    activation = problem.activation if pass_ == "forward" else None
+    capability = gpu.capability
+    variant = _variant(
+        tile,
+        product,
+        problem.dtype,
+        3 if problem.ndim == 3 else 2,
+        capability,
+        largest + 2**20 >= cuda_arrays.WIDE_FROM,
+        None if splits > 1 else activation,
+    )
+    return _Plan(
+        variant,
+        _sums_variant(problem.dtype, activation),
+        (tiles * product.count * splits,),
+        (tile.threads,),
+        tile.shared_bytes(capability),
+        splits,
+        product.results,
+        tuple(map(np.int32, sizes)),
+    )
+
+
+# --------------------------------------------------------------------------------------- arrays
+
+
+def _is_copied(array: Array, count: int, filled: int) -> bool:
+    return count != filled or not array.flags.c_contiguous or array.data.ptr % 16 != 0
+
+
+def _image(array: Array, groups: int, count: int, filled: int) -> Array:
+    """Return pixels dense, a group's channels filled up with zeros."""
+    if not _is_copied(array, count, filled):
+        return array
+    xp = runtime.cupy()
+    if count == filled:
+        return xp.array(array, order="C")
+    dense = xp.zeros((*array.shape[:-1], groups, filled), array.dtype)
+    dense[..., :count] = array.reshape(*array.shape[:-1], groups, count)
+    return dense
+
+
+def _weights(array: Array, groups: int, filled: tuple[int, int]) -> Array:
+    """Return weights dense, input channels and each group's output channels filled up."""
+    *kernel, rows, columns = array.shape
+    if not _is_copied(array, rows * columns, filled[0] * filled[1] * groups):
+        return array
+    xp = runtime.cupy()
+    if (rows, columns) == (filled[0], filled[1] * groups):
+        return xp.array(array, order="C")
+    dense = xp.zeros((*kernel, filled[0], groups, filled[1]), array.dtype)
+    dense[..., :rows, :, : columns // groups] = array.reshape(
+        *kernel, rows, groups, columns // groups
+    )
+    return dense
+
+
+def _bytes(array: Array, per_pixel: int) -> int:
+    """Return the bytes of an example's pixels in a copy."""
+    return int(math.prod(array.shape[1:-1]) * per_pixel * array.dtype.itemsize)
+
+
+# --------------------------------------------------------------------------------------- engine
+
+
+class CudaTensorCore(Engine):
+    """Products of tiles on tensor cores, gathered from the image as they are needed."""
+
+    name = "cuda_tensor_core"
+    device_kind = "cuda"
+    dtypes = ("float16", "bfloat16")
+
+    def unsupported(self, problem: ConvProblem, pass_: Pass) -> str | None:
+        """Return why it cannot compute this pass of ``problem``, or None."""
+        if problem.dtype == "float32":
+            if settings.get_precision() != "tf32":
+                return "it computes float32 as TF32, which gpuconv.set_precision('tf32') allows"
+        else:
+            reason = super().unsupported(problem, pass_)
+            if reason is not None:
+                return reason
+        if not kernels.has_activation(problem.activation):
+            return f"no kernel computes the activation {problem.activation}"
+        if math.prod(problem.out_shape) > _MOST_POSITIONS or (
+            math.prod(problem.in_shape) > _MOST_POSITIONS
+        ):
+            return f"it counts the pixels of an example up to {_MOST_POSITIONS}"
+        needs = _NEEDS[problem.dtype]
+        if probe().count and architecture.gpu().capability < needs:
+            has = architecture.gpu().capability
+            return (
+                f"its {_SUFFIXES[problem.dtype]} needs compute capability {needs / 10}; "
+                f"this device has {has / 10}"
+            )
+        return None
+
+    def cost(self, problem: ConvProblem, pass_: Pass) -> float:
+        """Return the time that the choice of tiles predicts, and that of copies."""
+        gpu = architecture.gpu()
+        copied = sum(self._copies(problem, pass_))
+        return self._choice(problem, pass_).seconds + (
+            1e-5 + 3 * problem.batch * copied / gpu.bandwidth if copied else 0.0
+        )
+
+    def workspace(self, problem: ConvProblem, pass_: Pass) -> int:
+        """Return the bytes of copies and of the sums of splits."""
+        fixed, example = self._fixed(problem, pass_), sum(self._copies(problem, pass_))
+        choice = self._choice(problem, pass_)
+        sums = 4 * choice.splits * _product(problem, pass_).results if choice.splits > 1 else 0
+        return fixed + sums + example * _examples_at_once(problem, example, fixed)
+
+    @staticmethod
+    def _choice(problem: ConvProblem, pass_: Pass) -> Choice:
+        product = _product(problem, pass_)
+        return tensor_tiles.choose(architecture.gpu(), product, _room())
+
+    @staticmethod
+    def _fixed(problem: ConvProblem, pass_: Pass) -> int:
+        """Return the bytes of the weights' copy, where all arrays are dense."""
+        c, o = _channels(problem, pass_)
+        filled = problem.groups * c * o != problem.in_channels * problem.out_channels
+        if pass_ == "weight_grad" or not (filled or problem.layout == CHANNELS_FIRST):
+            return 0
+        return problem.itemsize * problem.taps * problem.groups * c * o
+
+    @staticmethod
+    def _copies(problem: ConvProblem, pass_: Pass) -> tuple[int, int]:
+        """Return the bytes of copies of an example of x and of y, where all arrays are dense."""
+        c, o = (n * problem.groups for n in _channels(problem, pass_))
+        first = problem.layout == CHANNELS_FIRST
+        x = problem.itemsize * math.prod(problem.in_shape) * c
+        y = problem.itemsize * math.prod(problem.out_shape) * o
+        x_filled, y_filled = c != problem.in_channels, o != problem.out_channels
+        return (
+            x if first or (x_filled and pass_ != "input_grad") else 0,
+            y if first or (y_filled and pass_ != "forward") else 0,
+        )
+
+    def forward(self, problem: ConvProblem, x: Array, w: Array, b: Array | None, y: Array) -> None:
+        """Write ``act(conv(x, w) + b)`` into ``y``."""
+        c, o = _channels(problem, "forward")
+        weights = _weights(w, problem.groups, (c, o))
+        bias = NULL if b is None else runtime.cupy().ascontiguousarray(b)
+        self._gather(problem, "forward", x, weights, weights is not w, bias, y)
+
+    def input_grad(self, problem: ConvProblem, dz: Array, w: Array, dx: Array) -> None:
+        """Write the gradient with respect to ``x`` into ``dx``."""
+        weights = _weights(w, problem.groups, _channels(problem, "input_grad"))
+        self._gather(problem, "input_grad", dz, weights, weights is not w, NULL, dx)
+
+    @staticmethod
+    def _gather(
+        problem: ConvProblem,
+        pass_: Pass,
+        image: Array,
+        weights: Array,
+        copied: bool,
+        bias: Array,
+        result: Array,
+    ) -> None:
+        """Compute a pass whose results are pixels, a part of the batch at a time."""
+        xp = runtime.cupy()
+        groups = problem.groups
+        filled = _channels(problem, pass_)[0 if pass_ == "forward" else 1]
+        count = image.shape[-1] // groups
+        example = _bytes(image, groups * filled) if _is_copied(image, count, filled) else 0
+        in_place = result.flags.c_contiguous
+        example += 0 if in_place else _bytes(result, result.shape[-1])
+        for part, at in _parts(problem, example, weights.nbytes if copied else 0):
+            pixels = _image(image[at], groups, count, filled)
+            target = result[at] if in_place else xp.empty(result[at].shape, result.dtype)
+            _launch(part, pass_, (pixels, weights, bias, target))
+            if not in_place:
+                result[at] = target
+
+    def weight_grad(
+        self, problem: ConvProblem, dz: Array, x: Array, dw: Array | None, db: Array | None
+    ) -> None:
+        """Write the gradients with respect to ``w`` and ``b`` into those of ``dw``, ``db`` given."""
+        if db is not None:
+            bias_grad(dz, db)
+        if dw is None:
+            return
+        xp = runtime.cupy()
+        groups = problem.groups
+        c, o = _channels(problem, "weight_grad")
+        counts = problem.in_channels // groups, problem.out_channels // groups
+        example = sum(
+            _bytes(a, groups * filled) if _is_copied(a, count, filled) else 0
+            for a, count, filled in ((x, counts[0], c), (dz, counts[1], o))
+        )
+        fixed = 8 * dw.size  # a result that is not dense, and sums over the parts
+        cut = list(_parts(problem, example, fixed))
+        dense = dw if dw.flags.c_contiguous else xp.empty(dw.shape, dw.dtype)
+        total = xp.zeros(dw.shape, "float32") if len(cut) > 1 else None
+        for part, at in cut:
+            pixels = _image(x[at], groups, counts[0], c)
+            gradient = _image(dz[at], groups, counts[1], o)
+            _launch(part, "weight_grad", (pixels, gradient, NULL, dense), total)
+        if total is not None:
+            dw[...] = total
+        elif dense is not dw:
+            dw[...] = dense
+
+
+def _room() -> int:
+    """Return the bytes that the sums of splits may take."""
+    return Engine.workspace_limit() // 4
+
+
+def _examples_at_once(problem: ConvProblem, example: int, fixed: int) -> int:
+    """Return how many examples go into one launch, copies of ``example`` bytes each."""
+    pixels = max(math.prod(problem.in_shape), math.prod(problem.out_shape))
+    most = min(problem.batch, _MOST_POSITIONS // pixels)
+    if example:
+        most = min(most, (Engine.workspace_limit() - _room() - fixed) // example)
+    return max(1, most)
+
+
+def _parts(
+    problem: ConvProblem, example: int, fixed: int
+) -> Iterator[tuple[ConvProblem, slice]]:
+    """Yield parts of the batch, each within the workspace, and where they are."""
+    count = _examples_at_once(problem, example, fixed)
+    for start in range(0, problem.batch, count):
+        size = min(count, problem.batch - start)
+        yield problem.with_batch(size), slice(start, start + size)
+
+
+def _launch(
+    problem: ConvProblem, pass_: Pass, arrays: tuple[Any, ...], total: Array | None = None
+) -> None:
+    """Launch the product and, where its depth is divided or a total is kept, the sums."""
+    xp = runtime.cupy()
+    device = int(xp.cuda.runtime.getDevice())
+    plan = _plan(problem, pass_, device, _room())
+    divided = plan.splits > 1 or total is not None
+    partial = xp.empty(plan.splits * plan.results, "float32") if divided else NULL
+    kernels.launch(
+        plan.variant,
+        plan.variant.functions[0],
+        device,
+        plan.grid,
+        plan.block,
+        (*arrays, partial, *plan.sizes),
+        plan.shared_bytes,
+    )
+    if divided:
+        kernels.launch(
+            plan.sums,
+            plan.sums.functions[0],
+            device,
+            (kernels.grid_for(plan.results, device),),
+            (kernels.BLOCK,),
+            (
+                partial,
+                arrays[2],
+                arrays[3],
+                NULL if total is None else total,
+                np.int64(plan.results),
+                np.int32(plan.splits),
+                np.int32(problem.out_channels),
+            ),
+        )
