@@ -137,6 +137,11 @@ def tolerance(engine: str, dtype: str, reduction: int) -> float:
     return 5e-3
 
 
+def widest(engine: str) -> str:
+    """Return the most exact dtype that an engine computes."""
+    return next(d for d in DTYPES if d in dispatch.get_engine(engine).dtypes)
+
+
 def close(got: np.ndarray, want: np.ndarray, allowed: float) -> None:
     got = np.asarray(got, "float64")
     assert got.shape == want.shape

@@ -101,15 +101,18 @@ class Variant:
         Constants in sorted order.
     functions : tuple of str
         Kernels it holds.
+    shared_bytes : int
+        Dynamic shared memory that a block is launched with, for its occupancy.
     capability : int
-        The lowest compute capability, times ten, that it is for; 0: any.
+        The least compute capability (times ten) that it compiles for.
     """
 
     file: str
     dtype: str
     defines: tuple[tuple[str, str], ...]
     functions: tuple[str, ...]
-    capability: int = 0
+    shared_bytes: int = 0
+    capability: int = 70
 
     @property
     def source(self) -> str:

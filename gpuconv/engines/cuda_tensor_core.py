@@ -19,6 +19,7 @@ import numpy as np
 from gpuconv import settings
 from gpuconv.activations import Activation, get_activation
 from gpuconv.cuda import architecture, kernels, runtime, tensor_tiles
+from gpuconv.cuda.architecture import GPU
 from gpuconv.cuda.tensor_tiles import Choice, Product, Tile
 from gpuconv.device import probe
 from gpuconv.engines import cuda_arrays
@@ -70,7 +71,12 @@ def _variant(
     if wide_index:
         defines["INDEX_64"] = "1"
     return kernels.Variant(
-        "conv_tensor_core.cu", dtype, tuple(sorted(defines.items())), (name,), _NEEDS[dtype]
+        "conv_tensor_core.cu",
+        dtype,
+        tuple(sorted(defines.items())),
+        (name,),
+        tile.shared_bytes(capability),
+        80 if capability >= 80 else _NEEDS[dtype],
     )
 
 
@@ -145,15 +151,13 @@ class _Plan:
     sums: kernels.Variant
     grid: tuple[int]
     block: tuple[int]
-    shared_bytes: int
     splits: int
     results: int
     sizes: tuple[np.int32, ...]
 
 
 @lru_cache(maxsize=4096)
-def _plan(problem: ConvProblem, pass_: Pass, device: int, room: int) -> _Plan:
-    gpu = architecture.gpu(device)
+def _plan(problem: ConvProblem, pass_: Pass, gpu: GPU, room: int) -> _Plan:
     product = _product(problem, pass_)
     choice = tensor_tiles.choose(gpu, product, room)
     tile, splits = choice.tile, choice.splits
@@ -195,7 +199,6 @@ def _plan(problem: ConvProblem, pass_: Pass, device: int, room: int) -> _Plan:
         _sums_variant(problem.dtype, activation),
         (tiles * product.count * splits,),
         (tile.threads,),
-        tile.shared_bytes(capability),
         splits,
         product.results,
         tuple(map(np.int32, sizes)),
@@ -372,16 +375,23 @@ class CudaTensorCore(Engine):
         )
         fixed = 8 * dw.size  # a result that is not dense, and sums over the parts
         cut = list(_parts(problem, example, fixed))
-        dense = dw if dw.flags.c_contiguous else xp.empty(dw.shape, dw.dtype)
-        total = xp.zeros(dw.shape, "float32") if len(cut) > 1 else None
+        result, total = dw, None
+        if len(cut) > 1 or dw.dtype != x.dtype:  # 16-bit gradients may be wanted in float32
+            result = NULL
+            if dw.dtype == "float32" and dw.flags.c_contiguous:
+                total = dw
+                total.fill(0)
+            else:
+                total = xp.zeros(dw.shape, "float32")
+        elif not dw.flags.c_contiguous:
+            result = xp.empty(dw.shape, dw.dtype)
         for part, at in cut:
             pixels = _image(x[at], groups, counts[0], c)
             gradient = _image(dz[at], groups, counts[1], o)
-            _launch(part, "weight_grad", (pixels, gradient, NULL, dense), total)
-        if total is not None:
-            dw[...] = total
-        elif dense is not dw:
-            dw[...] = dense
+            _launch(part, "weight_grad", (pixels, gradient, NULL, result), total)
+        made = result if total is None else total
+        if made is not dw:
+            dw[...] = made
 
 
 def _room() -> int:
@@ -398,9 +408,7 @@ def _examples_at_once(problem: ConvProblem, example: int, fixed: int) -> int:
     return max(1, most)
 
 
-def _parts(
-    problem: ConvProblem, example: int, fixed: int
-) -> Iterator[tuple[ConvProblem, slice]]:
+def _parts(problem: ConvProblem, example: int, fixed: int) -> Iterator[tuple[ConvProblem, slice]]:
     """Yield parts of the batch, each within the workspace, and where they are."""
     count = _examples_at_once(problem, example, fixed)
     for start in range(0, problem.batch, count):
@@ -414,7 +422,7 @@ def _launch(
     """Launch the product and, where its depth is divided or a total is kept, the sums."""
     xp = runtime.cupy()
     device = int(xp.cuda.runtime.getDevice())
-    plan = _plan(problem, pass_, device, _room())
+    plan = _plan(problem, pass_, architecture.gpu(device), _room())
     divided = plan.splits > 1 or total is not None
     partial = xp.empty(plan.splits * plan.results, "float32") if divided else NULL
     kernels.launch(
@@ -424,7 +432,7 @@ def _launch(
         plan.grid,
         plan.block,
         (*arrays, partial, *plan.sizes),
-        plan.shared_bytes,
+        plan.variant.shared_bytes,
     )
     if divided:
         kernels.launch(
