@@ -64,6 +64,12 @@ const int SLICE = 32 / sizeof(T);  // depth of one mma
 const int WARPS_N = TILE_N / WARP_N;
 const int THREADS = 32 * (TILE_M / WARP_M) * WARPS_N;
 
+// Results on their way out: rows of the tile, 16 bytes apart beyond their length, so that the eight
+// rows that a warp writes lie in different banks. Float pairs fill sectors of memory as they are.
+const int STAGE_ROW = TILE_N + CHUNK;
+const bool STAGED =
+    sizeof(T) == 2 && TILE_M * STAGE_ROW <= STAGES * (TILE_M + TILE_N) * TILE_K;
+
 static_assert(TILE_M % WARP_M == 0 && TILE_N % WARP_N == 0, "warps share a tile evenly");
 static_assert(WARP_M % 16 == 0 && WARP_N % 16 == 0 && TILE_K % SLICE == 0, "of whole mma");
 static_assert(COPY % sizeof(T) == 0 && COPY <= 16, "a copy is of whole values");
@@ -392,7 +398,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     stage = stage + 1 == STAGES ? 0 : stage + 1;
   }
 
-  // Results: two neighbours a thread, in eight rows by eight columns of a warp.
+  // Where a row's results start, in rows of the result; -1: not a row of it.
+  auto row_of = [&](int m) -> Index {
+    if (m >= rows) return -1;
+#if PASS == WEIGHT_GRAD
+    return m % C < rows_y ? Index(m / C) * rows_y + m % C : -1;
+#elif PASS == INPUT_GRAD
+    const Digits p(m, aw.count, ah.count, ad.count);
+    return ((Index(p.o) * (NDIM > 2 ? OD : 1) + p.p * ad.spacing + ad.phase) * OH +
+            p.q * ah.spacing + ah.phase) * OW + p.c * aw.spacing + aw.phase;
+#else
+    return m;
+#endif
+  };
 #if PASS == WEIGHT_GRAD
   const Index results = Index(KD) * KH * KW * rows_y * pitch_y;
 #else
@@ -400,32 +418,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #endif
   if (partial != nullptr) partial += split * results;
   const bool pairs = columns % 2 == 0 && pitch_y % 2 == 0;
+  // Halves go through shared memory where rows allow 16 bytes a store.
+  const bool staged = STAGED && partial == nullptr && columns % 8 == 0 && pitch_y % 8 == 0;
+  T* const stage_y = reinterpret_cast<T*>(memory);
+  if (staged) __syncthreads();  // all have used the last pieces
+  const int column = warp_n + lane % 4 * 2;
 #pragma unroll
   for (int i = 0; i < WARP_M / 16; i++)
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      const int m = m0 + warp_m + 16 * i + 8 * half + lane / 4;
-#if PASS == WEIGHT_GRAD
-      const int tap_of = m / C, channel = m % C;
-      const bool is_row = m < rows && channel < rows_y;
-      const Index row = Index(tap_of) * rows_y + channel;
-#elif PASS == INPUT_GRAD
-      const bool is_row = m < rows;
-      const Digits p(m, aw.count, ah.count, ad.count);
-      const Index row = ((Index(p.o) * OD + p.p * ad.spacing + ad.phase) * OH +
-                         p.q * ah.spacing + ah.phase) * OW + p.c * aw.spacing + aw.phase;
-#else
-      const bool is_row = m < rows;
-      const Index row = m;
-#endif
-      if (!is_row) continue;
+      const int in_tile = warp_m + 16 * i + 8 * half + lane / 4;
+      const Index row = staged ? 0 : row_of(m0 + in_tile);
+      if (row < 0) continue;
 #pragma unroll
       for (int j = 0; j < WARP_N / 8; j++) {
-        const int n = n0 + warp_n + 8 * j + lane % 4 * 2;
+        const int n = n0 + column + 8 * j;
         if (n >= columns) continue;
-        const Index to = row * pitch_y + group * columns + n;
         float z0 = sums[i][j][2 * half], z1 = sums[i][j][2 * half + 1];
         const bool both = n + 1 < columns;
+        const Index to = row * pitch_y + group * columns + n;
         if (partial != nullptr) {
           if (pairs) *reinterpret_cast<float2*>(partial + to) = make_float2(z0, z1);
           else partial[to] = z0;
@@ -439,12 +450,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         }
         z0 = activate(z0), z1 = activate(z1);
 #endif
-        if (pairs) {
-          *reinterpret_cast<Pair*>(y + to) = Pair{from_sum<T>(z0), from_sum<T>(z1)};
+        const Pair pair = {from_sum<T>(z0), from_sum<T>(z1)};
+        if (staged) {
+          *reinterpret_cast<Pair*>(stage_y + in_tile * STAGE_ROW + column + 8 * j) = pair;
+        } else if (pairs) {
+          *reinterpret_cast<Pair*>(y + to) = pair;
         } else {
-          y[to] = from_sum<T>(z0);
-          if (both) y[to + 1] = from_sum<T>(z1);
+          y[to] = pair.first;
+          if (both) y[to + 1] = pair.second;
         }
       }
     }
+  if (!staged) return;
+  __syncthreads();
+#pragma unroll 1
+  for (int i = thread; i < TILE_M * (TILE_N / CHUNK); i += THREADS) {
+    const int in_tile = i / (TILE_N / CHUNK), n = i % (TILE_N / CHUNK) * CHUNK;
+    const Index row = row_of(m0 + in_tile);
+    if (row < 0 || n0 + n >= columns) continue;
+    *reinterpret_cast<uint4*>(y + row * pitch_y + group * columns + n0 + n) =
+        *reinterpret_cast<const uint4*>(stage_y + in_tile * STAGE_ROW + n);
+  }
 }

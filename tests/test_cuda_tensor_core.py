@@ -140,7 +140,6 @@ def test_splits_of_the_depth(force: Callable[[Tile, int], None], splits: int, dt
 def test_copies_are_as_wide_as_channels_allow(channels: int, width: int) -> None:
     """An odd number of 16-bit channels is filled up, to a number that allows wide copies."""
     c = case("width", (1, 7, 6, channels), (3, 3, channels, 8), padding=1)
-    arrays, options = draw(c, "float16")
     problem = make_plan(
         2, c.x, c.w, "float16", 1, 1, 1, 1, "channels_last", None
     ).problem  # fmt: skip
@@ -183,6 +182,27 @@ def test_offsets_of_64_bits_give_the_same(monkeypatch: pytest.MonkeyPatch, name:
     cuda_tensor_core._plan.cache_clear()
 
 
+def test_arrays_that_start_anywhere() -> None:
+    """Dense arrays whose first element lies off a multiple of 16 bytes, results among them."""
+    c = case("off", (2, 6, 5, 8), (3, 3, 8, 16), padding=1, bias=True)
+    (x, w, b, dy), _ = draw(c, "float16")
+    with device() as xp:
+
+        def off(a: np.ndarray) -> Any:
+            room = xp.zeros(a.size + 1, a.dtype)
+            room[1:] = xp.asarray(a).ravel()
+            return room[1:].reshape(a.shape)
+
+        out = off(np.zeros(dy.shape, dy.dtype))
+        want = host(gpuconv.conv2d(*map(xp.asarray, (x, w, b)), padding=1))
+        got = host(gpuconv.conv2d(off(x), off(w), off(b), padding=1, out=out))
+        assert got.tobytes() == want.tobytes()
+        plain = gpuconv.conv2d_backward(*map(xp.asarray, (dy, x, w)), padding=1)
+        shifted = gpuconv.conv2d_backward(off(dy), off(x), off(w), padding=1)
+        for a, d in zip(plain, shifted, strict=True):
+            assert host(a).tobytes() == host(d).tobytes()
+
+
 # ------------------------------------------------------------------------------------ workspace
 
 
@@ -208,10 +228,9 @@ def test_the_workspace_stated_is_what_is_used() -> None:
     with device() as xp:
         for layout, channels in (("NHWC", 8), ("NHWC", 5), ("NCHW", 8)):
             c = case("room", (3, 20, 18, channels), (3, 3, channels, 16), layout=layout)
-            arrays, options = draw(c, "float16")
+            (x, w, _, dy), _ = draw(c, "float16")
             order = (0, 3, 1, 2) if layout == "NCHW" else (0, 1, 2, 3)
             w_order = (3, 2, 0, 1) if layout == "NCHW" else (0, 1, 2, 3)
-            x, w, _, dy = arrays
             x, dy = (xp.asarray(np.ascontiguousarray(a.transpose(order))) for a in (x, dy))
             w = xp.asarray(np.ascontiguousarray(w.transpose(w_order)))
             problem = make_plan(

@@ -208,13 +208,14 @@ def _plan(problem: ConvProblem, pass_: Pass, gpu: GPU, room: int) -> _Plan:
 # --------------------------------------------------------------------------------------- arrays
 
 
-def _is_copied(array: Array, count: int, filled: int) -> bool:
-    return count != filled or not array.flags.c_contiguous or array.data.ptr % 16 != 0
+def _dense(array: Array, size: int = 16) -> bool:
+    """Return whether an array lies dense, its start a multiple of ``size`` bytes."""
+    return bool(array.flags.c_contiguous) and array.data.ptr % size == 0
 
 
 def _image(array: Array, groups: int, count: int, filled: int) -> Array:
     """Return pixels dense, a group's channels filled up with zeros."""
-    if not _is_copied(array, count, filled):
+    if count == filled and _dense(array, math.gcd(16, filled * array.dtype.itemsize)):
         return array
     xp = runtime.cupy()
     if count == filled:
@@ -227,10 +228,11 @@ def _image(array: Array, groups: int, count: int, filled: int) -> Array:
 def _weights(array: Array, groups: int, filled: tuple[int, int]) -> Array:
     """Return weights dense, input channels and each group's output channels filled up."""
     *kernel, rows, columns = array.shape
-    if not _is_copied(array, rows * columns, filled[0] * filled[1] * groups):
+    whole = (rows, columns) == (filled[0], filled[1] * groups)
+    if whole and _dense(array):
         return array
     xp = runtime.cupy()
-    if (rows, columns) == (filled[0], filled[1] * groups):
+    if whole:
         return xp.array(array, order="C")
     dense = xp.zeros((*kernel, filled[0], groups, filled[1]), array.dtype)
     dense[..., :rows, :, : columns // groups] = array.reshape(
@@ -239,9 +241,12 @@ def _weights(array: Array, groups: int, filled: tuple[int, int]) -> Array:
     return dense
 
 
-def _bytes(array: Array, per_pixel: int) -> int:
-    """Return the bytes of an example's pixels in a copy."""
-    return int(math.prod(array.shape[1:-1]) * per_pixel * array.dtype.itemsize)
+def _copied(array: Array, groups: int = 1, count: int = 0, filled: int = 0) -> int:
+    """Return the bytes of an example in a copy, 0 where none is made."""
+    if count == filled and _dense(array):
+        return 0
+    pixels = math.prod(array.shape[1:-1])
+    return int(pixels * (groups * filled or array.shape[-1]) * array.dtype.itemsize)
 
 
 # --------------------------------------------------------------------------------------- engine
@@ -347,9 +352,8 @@ class CudaTensorCore(Engine):
         groups = problem.groups
         filled = _channels(problem, pass_)[0 if pass_ == "forward" else 1]
         count = image.shape[-1] // groups
-        example = _bytes(image, groups * filled) if _is_copied(image, count, filled) else 0
-        in_place = result.flags.c_contiguous
-        example += 0 if in_place else _bytes(result, result.shape[-1])
+        in_place = _dense(result)
+        example = _copied(image, groups, count, filled) + _copied(result)
         for part, at in _parts(problem, example, weights.nbytes if copied else 0):
             pixels = _image(image[at], groups, count, filled)
             target = result[at] if in_place else xp.empty(result[at].shape, result.dtype)
@@ -369,10 +373,7 @@ class CudaTensorCore(Engine):
         groups = problem.groups
         c, o = _channels(problem, "weight_grad")
         counts = problem.in_channels // groups, problem.out_channels // groups
-        example = sum(
-            _bytes(a, groups * filled) if _is_copied(a, count, filled) else 0
-            for a, count, filled in ((x, counts[0], c), (dz, counts[1], o))
-        )
+        example = _copied(x, groups, counts[0], c) + _copied(dz, groups, counts[1], o)
         fixed = 8 * dw.size  # a result that is not dense, and sums over the parts
         cut = list(_parts(problem, example, fixed))
         result, total = dw, None
@@ -383,7 +384,7 @@ class CudaTensorCore(Engine):
                 total.fill(0)
             else:
                 total = xp.zeros(dw.shape, "float32")
-        elif not dw.flags.c_contiguous:
+        elif not _dense(dw):
             result = xp.empty(dw.shape, dw.dtype)
         for part, at in cut:
             pixels = _image(x[at], groups, counts[0], c)
