@@ -416,7 +416,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #else
   const Index results = Index(N) * OD * OH * OW * pitch_y;
 #endif
-  if (partial != nullptr) partial += split * results;
+  if (partial != nullptr) partial += static_cast<long long>(split) * results;
   const bool pairs = columns % 2 == 0 && pitch_y % 2 == 0;
   // Halves go through shared memory where rows allow 16 bytes a store.
   const bool staged = STAGED && partial == nullptr && columns % 8 == 0 && pitch_y % 8 == 0;

@@ -106,13 +106,14 @@ def agree(xp: Any, c: Case, dtype: str) -> list[np.ndarray]:
 # ---------------------------------------------------------------------------------------- tiles
 
 # Rows, columns and depth beyond the largest tile, none of them a multiple of anything.
-LARGE = case("large", (2, 13, 11, 24), (3, 3, 24, 136), padding=1, activation="ReLU")
+LARGE = case("large", (2, 13, 11, 24), (2, 2, 24, 136), padding=1, activation="ReLU")
 SMALL = case("small", (1, 9, 8, 20), (3, 2, 20, 44), padding=1, stride=(2, 1),
              activation="LeakyReLU(0.1)")  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", ALLOWED)
-@pytest.mark.parametrize("tile", TILES, ids=str)
+@pytest.mark.parametrize(
+    ("tile", "dtype"), [(tile, list(ALLOWED)[i % 3]) for i, tile in enumerate(TILES)], ids=str
+)
 def test_every_tile(force: Callable[[Tile, int], None], tile: Tile, dtype: str) -> None:
     with device() as xp:
         force(tile, 1)
@@ -123,8 +124,7 @@ def test_every_tile(force: Callable[[Tile, int], None], tile: Tile, dtype: str) 
             assert names >= {f"conv_{p}_tensor_{end}_{tile}" for p in PASSES}
 
 
-@pytest.mark.parametrize("dtype", ALLOWED)
-@pytest.mark.parametrize("splits", [2, 5])
+@pytest.mark.parametrize(("splits", "dtype"), [(2, "float32"), (5, "float16"), (3, "bfloat16")])
 def test_splits_of_the_depth(force: Callable[[Tile, int], None], splits: int, dtype: str) -> None:
     """With fewer steps than splits too; the same bits every time."""
     with device() as xp:
@@ -143,7 +143,7 @@ def test_copies_are_as_wide_as_channels_allow(channels: int, width: int) -> None
     problem = make_plan(
         2, c.x, c.w, "float16", 1, 1, 1, 1, "channels_last", None
     ).problem  # fmt: skip
-    assert cuda_tensor_core._product(problem, "forward").copy_bytes == width
+    assert cuda_tensor_core._product(problem, "forward", 2**31).copy_bytes == width
     with device() as xp:
         agree(xp, c, "float16")
 
@@ -172,7 +172,6 @@ def test_offsets_of_64_bits_give_the_same(monkeypatch: pytest.MonkeyPatch, name:
     with device() as xp:
         narrow = agree(xp, CASE[name], "float16")
         monkeypatch.setattr(cuda_arrays, "WIDE_FROM", 0)
-        cuda_tensor_core._plan.cache_clear()
         wide = agree(xp, CASE[name], "float16")
         if not real_gpu():
             used = [v for _, v in kernels._modules if v.file == "conv_tensor_core.cu"]
@@ -289,7 +288,7 @@ def test_tf32_only_where_it_is_asked_for() -> None:
 # ---------------------------------------------------------------------------------- random, watched
 
 
-@settings(max_examples=20, deadline=None, derandomize=True, database=None)
+@settings(max_examples=12, deadline=None, derandomize=True, database=None)
 @given(convolutions())
 def test_random_convolutions(c: Case) -> None:
     with device() as xp:
@@ -396,7 +395,7 @@ def product(shape: str, pass_: str = "forward", dtype: str = "float16") -> Produ
     problem = make_plan(
         2, (batch, side, side, c), (k, k, c, o), dtype, 1, "same", 1, 1, "channels_last", None
     ).problem  # fmt: skip
-    return cuda_tensor_core._product(problem, pass_)  # type: ignore[arg-type]
+    return cuda_tensor_core._product(problem, pass_, 2**31)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("gpu", [H100, A100, T4], ids=["H100", "A100", "T4"])

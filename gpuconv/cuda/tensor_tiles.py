@@ -67,13 +67,23 @@ class Tile:
         """Return the bytes of shared memory."""
         return self.stages_on(capability) * (self.rows + self.columns) * DEPTH_BYTES
 
-    def blocks_at_least(self, product: Product) -> int:
-        """Return how many blocks an SM has registers for; 0: the tile does not fit the product."""
+    def fits(self, product: Product) -> bool:
+        """Return whether a thread's registers hold what the product needs."""
         if product.copy_bytes < 16:
-            return self.narrow_blocks
-        # TF32's pieces across the depth are read value by value: more addresses are held.
-        crowded = product.itemsize == 4 and product.pass_ == "weight_grad"
-        return max(1, self.blocks - 1) if crowded else self.blocks
+            return self.narrow_blocks > 0
+        return not product.crowded or self.blocks > 1
+
+    def blocks_at_least(self, product: Product, capability: int) -> int:
+        """Return how many blocks of an SM the registers are kept to.
+
+        Fewer where more registers are needed: by offsets of 64 bits and a third axis, by TF32's
+        pieces across the depth, which are read value by value, and by copies before 8.0.
+        """
+        blocks = self.blocks if product.copy_bytes == 16 else self.narrow_blocks
+        if product.crowded:
+            return max(1, blocks // 2)
+        more = capability < 80 or (product.itemsize == 4 and product.pass_ == "weight_grad")
+        return max(1, blocks - more)
 
 
 #: The first is the best per byte, the last the best for little work.
@@ -106,6 +116,8 @@ class Product:
         Values written, over all of them.
     bytes : int
         Fewest bytes that device memory sees.
+    crowded : bool
+        Whether addresses take more registers: there are three axes, or offsets of 64 bits.
     """
 
     pass_: str
@@ -117,6 +129,7 @@ class Product:
     count: int
     results: int
     bytes: int
+    crowded: bool = False
 
 
 @dataclass(frozen=True)
@@ -162,7 +175,8 @@ def _seconds(gpu: GPU, product: Product, tile: Tile, splits: int) -> float:
     read = tile.warps * (tile.warp_rows + tile.warp_columns) * DEPTH_BYTES / _SHARED
     copied = brought / 32 / product.copy_bytes * max(4.0, product.copy_bytes * 32 / _SHARED)
     clocks = max(tensor, read + copied, brought / _L2)
-    registers = min(255, a.registers // (tile.blocks_at_least(product) * tile.threads))
+    blocks_at_least = tile.blocks_at_least(product, gpu.capability)
+    registers = min(255, a.registers // (blocks_at_least * tile.threads))
     shared = tile.shared_bytes(gpu.capability)
     resident = max(1, resident_blocks(a, tile.threads, registers, shared))
 
@@ -201,7 +215,7 @@ def usable(gpu: GPU, product: Product) -> list[Tile]:
     return [
         tile
         for tile in TILES
-        if tile.blocks_at_least(product)
+        if tile.fits(product)
         and tile.shared_bytes(gpu.capability) <= gpu.architecture.shared_per_block
     ]
 

@@ -64,7 +64,7 @@ def _variant(
         "WARP_M": str(tile.warp_rows),
         "WARP_N": str(tile.warp_columns),
         "STAGES": str(tile.stages_on(capability)),
-        "BLOCKS": str(tile.blocks_at_least(product)),
+        "BLOCKS": str(tile.blocks_at_least(product, capability)),
         "COPY": str(product.copy_bytes),
         **kernels.activation_defines(activation),
     }
@@ -89,17 +89,23 @@ def _sums_variant(dtype: str, activation: Activation | None) -> kernels.Variant:
 
 
 def sample_variants() -> Iterator[kernels.Variant]:
-    """Yield variants that between them hold every tile, pass, dtype and width of copies."""
+    """Yield variants that between them hold every tile, pass, dtype, width of copies and rank."""
     relu = get_activation("ReLU")
     passes: tuple[Pass, ...] = ("forward", "input_grad", "weight_grad")
-    for number, tile in enumerate(tensor_tiles.TILES):
-        for k, dtype in enumerate(_SUFFIXES):
-            pass_ = passes[(number + k) % 3]
-            copy = 16 if not tile.narrow_blocks else (8, 16, 4)[(number + k) % 3]
-            product = Product(pass_, 4 if dtype == "float32" else 2, copy, 1, 1, 1, 1, 1, 1)
-            activation = relu if pass_ == "forward" else None
-            yield _variant(tile, product, dtype, 2 + number % 2, 80, number == 2, activation)
-    for dtype in _SUFFIXES:
+    dtypes = tuple(_SUFFIXES)
+    tiles = tensor_tiles.TILES
+    for tile, pass_, dtype, copy, axes, wide, capability in (
+        *((tile, passes[i % 3], dtypes[i // 2], 16, 2, False, 80) for i, tile in enumerate(tiles)),
+        (tiles[3], passes[0], dtypes[2], 4, 2, False, 80),
+        (tiles[3], passes[0], dtypes[1], 8, 3, False, 80),
+        (tiles[5], passes[2], dtypes[2], 4, 2, True, 80),
+        (tiles[1], passes[1], dtypes[0], 16, 2, False, 75),
+    ):
+        size = 4 if dtype == "float32" else 2
+        product = Product(pass_, size, copy, 1, 1, 1, 1, 1, 1, axes == 3 or wide)
+        activation = relu if pass_ == "forward" else None
+        yield _variant(tile, product, dtype, axes, capability, wide, activation)
+    for dtype in ("float16", "float32"):
         yield _sums_variant(dtype, relu)
 
 
@@ -113,6 +119,7 @@ def _filled(count: int, itemsize: int) -> int:
     return {1: 2, 3: 4}.get(count, -(-count // 8) * 8)
 
 
+@lru_cache(maxsize=4096)
 def _channels(problem: ConvProblem, pass_: Pass) -> tuple[int, int]:
     """Return the input and output channels that a group has in the arrays that kernels read."""
     c, o = problem.in_channels // problem.groups, problem.out_channels // problem.groups
@@ -121,8 +128,8 @@ def _channels(problem: ConvProblem, pass_: Pass) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=4096)
-def _product(problem: ConvProblem, pass_: Pass) -> Product:
-    """Return the pass as products of matrices."""
+def _product(problem: ConvProblem, pass_: Pass, wide_from: int) -> Product:
+    """Return the pass as products of matrices; offsets from ``wide_from`` on need 64 bits."""
     c, o = _channels(problem, pass_)
     positions = problem.batch * math.prod(problem.out_shape)
     count, results = problem.groups, math.prod(problem.y_shape)
@@ -140,7 +147,21 @@ def _product(problem: ConvProblem, pass_: Pass) -> Product:
         columns, results = c, math.prod(problem.x_shape)
     size = problem.itemsize
     copy_bytes = next(b for b in (16, 8, 4) if all(n * size % b == 0 for n in aligned))
-    return Product(pass_, size, copy_bytes, rows, columns, depth, count, results, problem.bytes)
+    crowded = problem.ndim == 3 or _is_wide(problem, wide_from)
+    return Product(
+        pass_, size, copy_bytes, rows, columns, depth, count, results, problem.bytes, crowded
+    )
+
+
+def _is_wide(problem: ConvProblem, wide_from: int) -> bool:
+    """Return whether an offset into an array that kernels see, or past its end, needs 64 bits."""
+    c, o = _channels(problem, "forward")
+    pixels = (
+        math.prod(problem.in_shape) * max(problem.groups * c, problem.in_channels),
+        math.prod(problem.out_shape) * max(problem.groups * o, problem.out_channels),
+    )
+    largest = max(problem.batch * max(pixels), problem.taps * c * problem.groups * o)
+    return largest + 2**20 >= wide_from
 
 
 @dataclass(frozen=True)
@@ -157,8 +178,8 @@ class _Plan:
 
 
 @lru_cache(maxsize=4096)
-def _plan(problem: ConvProblem, pass_: Pass, gpu: GPU, room: int) -> _Plan:
-    product = _product(problem, pass_)
+def _plan(problem: ConvProblem, pass_: Pass, gpu: GPU, room: int, wide_from: int) -> _Plan:
+    product = _product(problem, pass_, wide_from)
     choice = tensor_tiles.choose(gpu, product, room)
     tile, splits = choice.tile, choice.splits
     c, o = _channels(problem, pass_)
@@ -177,12 +198,6 @@ def _plan(problem: ConvProblem, pass_: Pass, gpu: GPU, room: int) -> _Plan:
         *three(tuple(before for before, _ in problem.padding), 0), groups, splits,
     )  # fmt: skip
     tiles = -(-product.rows // tile.rows) * -(-product.columns // tile.columns)
-    largest = max(
-        problem.batch * math.prod(problem.in_shape) * groups * max(c, 1),
-        problem.batch * math.prod(problem.out_shape) * groups * o,
-        problem.taps * c * groups * o,
-        product.results * (splits + 1),
-    )
     activation = problem.activation if pass_ == "forward" else None
     capability = gpu.capability
     variant = _variant(
@@ -191,7 +206,7 @@ def _plan(problem: ConvProblem, pass_: Pass, gpu: GPU, room: int) -> _Plan:
         problem.dtype,
         3 if problem.ndim == 3 else 2,
         capability,
-        largest + 2**20 >= cuda_arrays.WIDE_FROM,
+        _is_wide(problem, wide_from),
         None if splits > 1 else activation,
     )
     return _Plan(
@@ -295,12 +310,13 @@ class CudaTensorCore(Engine):
         """Return the bytes of copies and of the sums of splits."""
         fixed, example = self._fixed(problem, pass_), sum(self._copies(problem, pass_))
         choice = self._choice(problem, pass_)
-        sums = 4 * choice.splits * _product(problem, pass_).results if choice.splits > 1 else 0
+        product = _product(problem, pass_, cuda_arrays.WIDE_FROM)
+        sums = 4 * choice.splits * product.results if choice.splits > 1 else 0
         return fixed + sums + example * _examples_at_once(problem, example, fixed)
 
     @staticmethod
     def _choice(problem: ConvProblem, pass_: Pass) -> Choice:
-        product = _product(problem, pass_)
+        product = _product(problem, pass_, cuda_arrays.WIDE_FROM)
         return tensor_tiles.choose(architecture.gpu(), product, _room())
 
     @staticmethod
@@ -355,11 +371,11 @@ class CudaTensorCore(Engine):
         in_place = _dense(result)
         example = _copied(image, groups, count, filled) + _copied(result)
         for part, at in _parts(problem, example, weights.nbytes if copied else 0):
-            pixels = _image(image[at], groups, count, filled)
-            target = result[at] if in_place else xp.empty(result[at].shape, result.dtype)
-            _launch(part, pass_, (pixels, weights, bias, target))
+            some, place = (image, result) if part is problem else (image[at], result[at])
+            target = place if in_place else xp.empty(place.shape, place.dtype)
+            _launch(part, pass_, (_image(some, groups, count, filled), weights, bias, target))
             if not in_place:
-                result[at] = target
+                place[...] = target
 
     def weight_grad(
         self, problem: ConvProblem, dz: Array, x: Array, dw: Array | None, db: Array | None
@@ -387,8 +403,9 @@ class CudaTensorCore(Engine):
         elif not _dense(dw):
             result = xp.empty(dw.shape, dw.dtype)
         for part, at in cut:
-            pixels = _image(x[at], groups, counts[0], c)
-            gradient = _image(dz[at], groups, counts[1], o)
+            some, other = (x, dz) if part is problem else (x[at], dz[at])
+            pixels = _image(some, groups, counts[0], c)
+            gradient = _image(other, groups, counts[1], o)
             _launch(part, "weight_grad", (pixels, gradient, NULL, result), total)
         made = result if total is None else total
         if made is not dw:
@@ -423,7 +440,7 @@ def _launch(
     """Launch the product and, where its depth is divided or a total is kept, the sums."""
     xp = runtime.cupy()
     device = int(xp.cuda.runtime.getDevice())
-    plan = _plan(problem, pass_, architecture.gpu(device), _room())
+    plan = _plan(problem, pass_, architecture.gpu(device), _room(), cuda_arrays.WIDE_FROM)
     divided = plan.splits > 1 or total is not None
     partial = xp.empty(plan.splits * plan.results, "float32") if divided else NULL
     kernels.launch(
