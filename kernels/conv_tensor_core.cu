@@ -174,7 +174,7 @@ struct Axis {
         spacing(stride), phase(phase) {
     while (by * dilation % stride != 0) by++;
     while (first < by && (phase + before - first * dilation) % stride != 0) first++;
-    if (first < by && first < kernel) taps = (kernel - first + by - 1) / by;
+    if (first < by) taps = (kernel - first + by - 1) / by;  // 0 where the kernel is shorter
     offset = (phase + before - first * dilation) / stride;
     step = -(by * dilation / stride);
   }
@@ -295,7 +295,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     first_d[i] = p.p * ad.scale + ad.offset;
     first_h[i] = m < rows ? p.q * ah.scale + ah.offset : -(1 << 30);  // no tap is in the image
     first_w[i] = p.c * aw.scale + aw.offset;
-    base[i] = m < rows ? (((Index(p.o) * (NDIM > 2 ? D : 1) + first_d[i]) * H + first_h[i]) * W +
+    base[i] = m < rows ? (((Index(p.o) * D + first_d[i]) * H + first_h[i]) * W +
                           first_w[i]) * pitch
                        : 0;
   }
@@ -315,7 +315,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       const int s = at[i].c * aw.scale + tap_w;
       const bool valid = wanted && at[i].o < N && within(r, H) && within(s, W) &&
                          (NDIM == 2 || within(u, D));
-      const Index from = ((Index(at[i].o) * (NDIM > 2 ? D : 1) + u) * H + r) * W + s;
+      const Index from = ((Index(at[i].o) * D + u) * H + r) * W + s;
       copy_async<COPY>(piece_a + PieceA::at(row_a + i * PieceA::ROWS_AT_ONCE, column_a),
                        a + (valid ? from * pitch + tap.c : 0), valid);
       at[i].add(step, aw.count, ah.count, ad.count);
@@ -405,7 +405,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     return m % C < rows_y ? Index(m / C) * rows_y + m % C : -1;
 #elif PASS == INPUT_GRAD
     const Digits p(m, aw.count, ah.count, ad.count);
-    return ((Index(p.o) * (NDIM > 2 ? OD : 1) + p.p * ad.spacing + ad.phase) * OH +
+    return ((Index(p.o) * OD + p.p * ad.spacing + ad.phase) * OH +
             p.q * ah.spacing + ah.phase) * OW + p.c * aw.spacing + aw.phase;
 #else
     return m;

@@ -422,7 +422,9 @@ def _examples_at_once(problem: ConvProblem, example: int, fixed: int) -> int:
     pixels = max(math.prod(problem.in_shape), math.prod(problem.out_shape))
     most = min(problem.batch, _MOST_POSITIONS // pixels)
     if example:
-        most = min(most, (Engine.workspace_limit() - _room() - fixed) // example)
+        limit = Engine.workspace_limit()
+        # Weights that alone exceed the workspace do not cut the batch to pieces.
+        most = min(most, (limit - _room() - min(fixed, limit // 2)) // example)
     return max(1, most)
 
 
