@@ -356,14 +356,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #endif
   };
 
-  float sums[WARP_M / 16][WARP_N / 8][4];
-#pragma unroll
-  for (int i = 0; i < WARP_M / 16; i++)
-#pragma unroll
-    for (int j = 0; j < WARP_N / 8; j++)
-#pragma unroll
-      for (int r = 0; r < 4; r++) sums[i][j][r] = 0;
-
+  float sums[WARP_M / 16][WARP_N / 8][4] = {};
 #pragma unroll
   for (int i = 0; i < STAGES - 1; i++) {
     if (begin + i < end) start(begin + i, i);
