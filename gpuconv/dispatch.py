@@ -58,6 +58,7 @@ _REGISTRY: dict[str, tuple[str, str, str]] = {
         "gpuconv.engines.cuda_implicit_gemm",
         "CudaImplicitGemm",
     ),
+    "cuda_tensor_core": ("cuda", "gpuconv.engines.cuda_tensor_core", "CudaTensorCore"),
 }
 
 _forced: ContextVar[str | None] = ContextVar("gpuconv_engine", default=None)

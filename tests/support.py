@@ -36,6 +36,7 @@ CUDA_ENGINES = [
     "cuda_depthwise",
     "cuda_gemm",
     "cuda_implicit_gemm",
+    "cuda_tensor_core",
     "cuda_winograd",
     "cudnn",
 ]
@@ -156,6 +157,11 @@ def tolerance(engine: str, dtype: str, reduction: int) -> float:
     if dtype == "float32":
         return 1e-5 * max(1, reduction) ** 0.5 * dispatch.get_engine(engine).error_factor
     return 5e-3
+
+
+def widest(engine: str) -> str:
+    """Return the most exact dtype that an engine computes."""
+    return next(d for d in DTYPES if d in dispatch.get_engine(engine).dtypes)
 
 
 def close(got: np.ndarray, want: np.ndarray, allowed: float) -> None:

@@ -27,6 +27,7 @@ from tests.support import (
     host,
     oracle,
     tolerance,
+    widest,
 )
 
 ENGINES = [*CPU_ENGINES, *CUDA_ENGINES]
@@ -141,11 +142,12 @@ def test_nan_and_infinity_go_where_the_definition_sends_them(engine: tuple[str, 
         want[0, :3, :3] = np.nan
         want[0, 4:, 4:, 0], want[0, 4:, 4:, 1] = np.inf, -np.inf
     w[..., 1] *= -1
+    x, w, given = (a.astype(widest(name)) for a in (x, w, want))
     y = host(gpuconv.conv2d(xp.asarray(x), xp.asarray(w), **options))
     np.testing.assert_array_equal(y, want)
     rectified = host(gpuconv.conv2d(xp.asarray(x), xp.asarray(w), activation="ReLU", **options))
     np.testing.assert_array_equal(rectified, np.maximum(want, 0))
-    dx, dw, db = gpuconv.conv2d_backward(xp.asarray(want), xp.asarray(x), xp.asarray(w), **options)
+    dx, dw, db = gpuconv.conv2d_backward(xp.asarray(given), xp.asarray(x), xp.asarray(w), **options)
     assert np.isnan(host(dx)[0, :4, :4, 0]).all()
     assert not np.isnan(host(dx)[0, 0:3, 5:]).any()
     assert np.isnan(host(dw)[..., 0]).all()
@@ -236,16 +238,17 @@ def test_any_strides(engine: tuple[str, Any], c: Case, form: str) -> None:
 
 def test_out_of_any_strides(engine: tuple[str, Any]) -> None:
     name, xp = engine
-    c = taken(name, "float64")
-    data = oracle(c, "float64")
+    dtype = widest(name)
+    c = taken(name, dtype)
+    data = oracle(c, dtype)
     n, h, w_, o = data.y.shape
-    place = xp.full((n, 2 * h, w_, o + 3), 7.0)
+    place = xp.full((n, 2 * h, w_, o + 3), 7, dtype)
     view = place[:, ::2, :, 1 : o + 1]
     returned = gpuconv.conv2d(
         xp.asarray(data.x), xp.asarray(data.w), xp.asarray(data.b), out=view, **c.keywords
     )
     assert returned is view
-    close(host(view), data.y, 1e-11)
+    close(host(view), data.y, tolerance(name, dtype, reductions(c, dtype)["forward"]))
     rest = host(place).copy()
     rest[:, ::2, :, 1 : o + 1] = 7
     assert (rest == 7).all()
@@ -253,9 +256,11 @@ def test_out_of_any_strides(engine: tuple[str, Any]) -> None:
 
 def test_inputs_are_not_changed(engine: tuple[str, Any]) -> None:
     name, xp = engine
-    c = taken(name, "float32")
-    data = oracle(c, "float32")
-    arrays = [xp.asarray(a.astype("float32")) for a in (data.dy, data.x, data.w, data.y)]
+    made = dispatch.get_engine(name)
+    dtype = "float32" if "float32" in made.dtypes else made.dtypes[0]
+    c = taken(name, dtype)
+    data = oracle(c, dtype)
+    arrays = [xp.asarray(a.astype(dtype)) for a in (data.dy, data.x, data.w, data.y)]
     before = [host(a).copy() for a in arrays]
     gpuconv.conv2d(arrays[1], arrays[2], **c.keywords)
     gpuconv.conv2d_backward(*arrays[:3], y=arrays[3], **c.keywords)

@@ -105,12 +105,18 @@ class Variant:
         Constants in sorted order.
     functions : tuple of str
         Kernels it holds.
+    shared_bytes : int
+        Dynamic shared memory that a block is launched with, for its occupancy.
+    capability : int
+        The least compute capability (times ten) that it compiles for.
     """
 
     file: str
     dtype: str
     defines: tuple[tuple[str, str], ...]
     functions: tuple[str, ...]
+    shared_bytes: int = 0
+    capability: int = 70
 
     @property
     def source(self) -> str:
@@ -240,6 +246,7 @@ def variants() -> Iterator[Variant]:
         cuda_depthwise,
         cuda_gemm,
         cuda_implicit_gemm,
+        cuda_tensor_core,
         cuda_winograd,
     )
 
@@ -247,6 +254,7 @@ def variants() -> Iterator[Variant]:
     yield from cuda_winograd.sample_variants()
     yield from cuda_gemm.sample_variants()
     yield from cuda_implicit_gemm.sample_variants()
+    yield from cuda_tensor_core.sample_variants()
     yield from normalization.sample_variants()
     yield from epilogue.sample_variants()
     yield from cuda_depthwise.sample_variants()

@@ -50,7 +50,7 @@ class _Kernel(ctypes.Structure):
         ("call", ctypes.c_void_p),
         ("max_threads", ctypes.c_int),
         ("count", ctypes.c_int),
-        ("parameters", _Parameter * 32),
+        ("parameters", _Parameter * 64),
     ]
 
 

@@ -306,7 +306,7 @@ class Device:
     @property
     def attributes(self) -> dict[str, int]:
         """Numbers of the device, under CUDA's names."""
-        major, minor = divmod(self._settings.capability, 10)
+        major, minor = divmod(int(self._home.compute_capability), 10)
         return {
             "MultiProcessorCount": MULTIPROCESSORS, "WarpSize": 32, "MaxThreadsPerBlock": 1024,
             "MaxSharedMemoryPerBlock": 48 * 1024,
@@ -317,7 +317,7 @@ class Device:
 
     @property
     def compute_capability(self) -> str:
-        """That of the stand-in's devices."""
+        """Major and minor, as text."""
         return self._home.compute_capability
 
     mem_info = (1 << 30, 1 << 30)

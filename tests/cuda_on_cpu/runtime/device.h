@@ -128,11 +128,11 @@ struct Kernel {
   void (*call)(void**);
   int max_threads;  // of __launch_bounds__; 0: none given
   int count;
-  Parameter parameters[32];
+  Parameter parameters[64];
 };
 template <class... A>
 constexpr Kernel describe(const char* name, void (*call)(void**), int bound, void (*)(A...)) {
-  static_assert(sizeof...(A) <= 32, "more parameters than Kernel has room for");
+  static_assert(sizeof...(A) <= 64, "more parameters than Kernel has room for");
   return {name, call, bound, (int)sizeof...(A), {Describe<A>::value()...}};
 }
 constexpr int bound(int threads = 0, int = 0, int = 0) { return threads; }
