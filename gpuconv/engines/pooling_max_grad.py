@@ -100,7 +100,8 @@ def max_grad_by_values(dy: Array, x: Array, dx: Array, w: Windows, padded: str =
             wide = new(xp, "pool wide", source.shape, "float32")
             wide[...] = source
             source = wide
-        found, shape = [], list(source.shape)
+        found: Codes = []
+        shape = list(source.shape)
         for axis in reversed(range(len(w.kernel))):
             shape[w.first + axis] = part.out[axis]
             found.insert(0, new(xp, f"pool code{axis}", tuple(shape), _code_dtype(w.kernel[axis])))
