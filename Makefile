@@ -23,6 +23,7 @@ check: $(VENV)/.check
 
 bench: $(VENV)/.bench
 	env -u OPENBLAS_CORETYPE $(BIN)/gpuconv bench $(ARGS)
+	env -u OPENBLAS_CORETYPE $(BIN)/gpuconv bench --layers --out benchmarks/results
 
 # Needs an NVIDIA GPU and an environment with CuPy (GPU_PYTHON); exits non-zero without one.
 GPU_PYTHON ?= $(PYTHON)

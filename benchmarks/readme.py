@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks import layers
 from benchmarks.machine import slug
 from benchmarks.net import best_torch
 from benchmarks.report import PASS_TITLES, memory, number, overhead, summary
@@ -71,7 +72,7 @@ def update_readme(readme: Path, results: Path) -> bool:
     whole = [
         json.loads(f.read_text(encoding="utf-8"))
         for f in sorted(results.glob("*.json"))
-        if not f.stem.endswith("-net")
+        if not f.stem.endswith(("-net", "-layers"))
     ]
     folder = results.relative_to(readme.parent).as_posix()
     sections = []
@@ -81,6 +82,13 @@ def update_readme(readme: Path, results: Path) -> bool:
         nets = results / f"{slug(result['machine'])}-net.json"
         net = json.loads(nets.read_text(encoding="utf-8")) if nets.exists() else None
         sections.append(readme_section(result, net, folder))
+        others = results / f"{slug(result['machine'])}-layers.json"
+        if others.exists():
+            timed = json.loads(others.read_text(encoding="utf-8"))
+            sections.append(
+                "Pooling, batch normalisation and activations, float32, PyTorch's time over "
+                f"gpuconv's:\n\n{layers.table(timed)}"
+            )
     made = f"{head}{begin}\n\n" + "\n\n".join(sections) + f"\n\n{end}{tail}"
     if made != text:
         readme.write_text(made, encoding="utf-8")

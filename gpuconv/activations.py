@@ -1,8 +1,9 @@
 """Activation functions: value, derivatives, and what the engines may fuse.
 
 Names, parameters and defaults are numpy-ml's. Every function works on NumPy and on CuPy
-arrays: it calls the array's own library. An activation is a frozen value, so it can sit in
-a :class:`~gpuconv.problem.ConvProblem` and key a cache.
+arrays: it calls the array's own library, on the CPU block by block (:mod:`gpuconv.elementwise`).
+An activation is a frozen value, so it can sit in a :class:`~gpuconv.problem.ConvProblem` and key
+a cache.
 
 A convolution's backward pass has the *output* of the activation at hand, so an engine can
 fuse the derivative only where it follows from the output alone (``grad_from_output``); GELU
@@ -12,15 +13,16 @@ is not monotone and has none.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, fields
-from functools import wraps
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 
 from gpuconv.arguments import boolean, normal_name, parse_call, real
 from gpuconv.device import namespace
+from gpuconv.differentiable import Activation
+from gpuconv.elementwise import BLOCK, New, apply, at_least_zero, at_most
+from gpuconv.normal import normal_distribution
 
 __all__ = [
     "ELU",
@@ -42,73 +44,40 @@ __all__ = [
 Array = Any
 
 
-def _through_float32(function: Callable[..., Array]) -> Callable[..., Array]:
-    """Return the method for bfloat16 as well: computed in float32, and rounded once.
+def _positive(xp: Any, new: New, a: Array) -> Array:
+    """Return where ``a`` is more than 0."""
+    return xp.greater(a, 0, out=new("mask", bool))
 
-    NumPy and CuPy differ in what a bfloat16 and a Python number make, and round in between.
+
+def _raised(xp: Any, new: New, mask: Array, height: float, out: Array) -> Array:
+    """Add ``height`` to ``out`` where the mask says; branches would take ten times as long."""
+    step = new("step")
+    step[...] = mask
+    xp.multiply(step, height, out=step)
+    return xp.add(out, step, out=out)
+
+
+def _expm1(xp: Any, new: New, v: Array) -> Array:
+    """Write ``exp(v) - 1`` over ``v``, which is nowhere positive.
+
+    In float32 as ``2 t / (1 - t)`` with ``t = tanh(v / 2)``, which loses no digits: NumPy's tanh
+    takes a tenth of the time of its expm1.
     """
-
-    @wraps(function)
-    def call(self: Activation, x: Array, *args: Any, **kwargs: Any) -> Array:
-        if x.dtype.itemsize != 2 or x.dtype.name != "bfloat16":  # the text costs time
-            return function(self, x, *args, **kwargs)
-        out = args[0] if args else kwargs.get("out")
-        value = function(self, x.astype("float32"))
-        return _store(value.astype(x.dtype) if out is None else value, out)
-
-    return call
+    if xp is not np or v.dtype != np.float32:
+        return xp.expm1(v, out=v)
+    np.multiply(v, 0.5, out=v)
+    np.tanh(v, out=v)
+    rest = np.subtract(1, v, out=new("rest"))
+    np.divide(v, rest, out=v)
+    return np.multiply(v, 2, out=v)
 
 
-@dataclass(frozen=True)
-class Activation:
-    """An elementwise function with its first and second derivatives."""
-
-    def __init_subclass__(cls) -> None:
-        """Let the functions of a class take bfloat16, which it need not know of."""
-        super().__init_subclass__()
-        for name in ("fn", "grad", "grad2", "grad_from_output"):
-            if name in cls.__dict__:
-                setattr(cls, name, _through_float32(cls.__dict__[name]))
-
-    #: The output determines the derivative (``grad_from_output`` exists).
-    invertible: ClassVar[bool] = True
-    #: The derivative depends on the sign of the argument alone, which equals the output's.
-    by_sign: ClassVar[bool] = False
-
-    def __call__(self, z: Array) -> Array:
-        """Apply the function; a 1-D array is taken as one example, as in numpy-ml."""
-        return self.fn(z.reshape(1, -1) if z.ndim == 1 else z)
-
-    def fn(self, z: Array, out: Array | None = None) -> Array:
-        """Return the value at ``z``; ``out`` may be ``z`` itself."""
-        raise NotImplementedError
-
-    def grad(self, x: Array) -> Array:
-        """Return the first derivative at ``x``."""
-        raise NotImplementedError
-
-    def grad2(self, x: Array) -> Array:
-        """Return the second derivative at ``x``."""
-        raise NotImplementedError
-
-    def grad_from_output(self, y: Array) -> Array:
-        """Return the first derivative where the function's value is ``y``."""
-        raise ValueError(
-            f"the derivative of {self} does not follow from its output; "
-            "apply it outside the convolution, or use an activation that can be fused: "
-            + ", ".join(sorted(cls.__name__ for cls in _CLASSES if cls.invertible))
-        )
-
-    def __str__(self) -> str:
-        arguments = ", ".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self))
-        return type(self).__name__ + (f"({arguments})" if arguments else "")
-
-
-def _store(value: Array, out: Array | None) -> Array:
-    if out is None:
-        return value
-    out[...] = value
-    return out
+def _logistic(xp: Any, z: Array, out: Array) -> Array:
+    """Write ``1 / (1 + exp(-z))`` into ``out``; where the exponential overflows that is 0."""
+    xp.negative(z, out=out)
+    xp.exp(out, out=out)
+    xp.add(out, 1, out=out)
+    return xp.divide(1, out, out=out)
 
 
 @dataclass(frozen=True)
@@ -117,19 +86,16 @@ class Identity(Activation):
 
     def fn(self, z: Array, out: Array | None = None) -> Array:
         """Return ``z``."""
-        return z if out is None or out is z else _store(z, out)
+        if out is None or out is z:
+            return z
+        out[...] = z
+        return out
 
-    def grad(self, x: Array) -> Array:
-        """Return ones."""
-        return namespace(x).ones_like(x)
+    def _slope(self, xp: Any, out: Array, new: New, x: Array) -> Array:
+        out.fill(1)
+        return out
 
-    def grad2(self, x: Array) -> Array:
-        """Return zeros."""
-        return namespace(x).zeros_like(x)
-
-    def grad_from_output(self, y: Array) -> Array:
-        """Return ones."""
-        return namespace(y).ones_like(y)
+    _slope_from_output = _slope
 
 
 @dataclass(frozen=True)
@@ -143,44 +109,15 @@ class Affine(Activation):
         real("slope", self.slope)
         real("intercept", self.intercept)
 
-    def fn(self, z: Array, out: Array | None = None) -> Array:
-        """Return ``slope * z + intercept``."""
-        return _store(self.slope * z + self.intercept, out)
+    def _value(self, xp: Any, out: Array, new: New, z: Array) -> None:
+        xp.multiply(z, self.slope, out=out)
+        xp.add(out, self.intercept, out=out)
 
-    def grad(self, x: Array) -> Array:
-        """Return the slope everywhere."""
-        return namespace(x).full_like(x, self.slope)
-
-    def grad2(self, x: Array) -> Array:
-        """Return zeros."""
-        return namespace(x).zeros_like(x)
-
-    def grad_from_output(self, y: Array) -> Array:
-        """Return the slope everywhere."""
-        return namespace(y).full_like(y, self.slope)
-
-
-_zeros: dict[str, Array] = {}
-
-#: Zeros that are kept: a line long enough to forget the loop around it.
-_LINE = 4096
-
-
-def _maximum_of_zero(z: np.ndarray[Any, Any], out: Array | None) -> Array:
-    """Return ``max(z, 0)``: NumPy takes a fifth of the time if the zero is an array, too."""
-    zeros = _zeros.get(z.dtype.char)
-    if zeros is None:
-        zeros = _zeros[z.dtype.char] = np.zeros(_LINE, z.dtype)
-    if out is None:
-        out = np.empty_like(z)
-    if z.flags.c_contiguous and out.flags.c_contiguous:
-        flat, result = z.reshape(-1), out.reshape(-1)
-        whole = z.size // _LINE * _LINE
-        np.maximum(flat[:whole].reshape(-1, _LINE), zeros, out=result[:whole].reshape(-1, _LINE))
-        np.maximum(flat[whole:], zeros[: z.size - whole], out=result[whole:])
+    def _slope(self, xp: Any, out: Array, new: New, x: Array) -> Array:
+        out.fill(self.slope)
         return out
-    width = z.shape[-1]
-    return np.maximum(z, zeros[:width] if 16 <= width <= _LINE else 0, out=out)
+
+    _slope_from_output = _slope
 
 
 @dataclass(frozen=True)
@@ -192,20 +129,23 @@ class ReLU(Activation):
     def fn(self, z: Array, out: Array | None = None) -> Array:
         """Return ``max(z, 0)``; NaN stays NaN."""
         if type(z) is np.ndarray and z.size > 1024:
-            return _maximum_of_zero(z, out)
+            if z.size > BLOCK and z.dtype.kind == "f":
+                return apply(self._value, z, out=out)
+            if out is None:
+                out = np.empty_like(z)
+            if z.flags.c_contiguous and out.flags.c_contiguous:
+                at_least_zero(np, z.reshape(-1), out.reshape(-1))
+                return out
         return namespace(z).maximum(z, 0, out=out)
 
-    def grad(self, x: Array) -> Array:
-        """Return 1 where ``x > 0``, else 0."""
-        return (x > 0).astype(x.dtype)
+    def _value(self, xp: Any, out: Array, new: New, z: Array) -> None:
+        at_least_zero(xp, z, out)
 
-    def grad2(self, x: Array) -> Array:
-        """Return zeros."""
-        return namespace(x).zeros_like(x)
+    def _slope(self, xp: Any, out: Array, new: New, x: Array) -> Array:
+        out[...] = _positive(xp, new, x)
+        return out
 
-    def grad_from_output(self, y: Array) -> Array:
-        """Return 1 where ``y > 0``, else 0."""
-        return self.grad(y)
+    _slope_from_output = _slope
 
 
 @dataclass(frozen=True)
@@ -221,21 +161,24 @@ class LeakyReLU(Activation):
     def __str__(self) -> str:
         return f"Leaky ReLU(alpha={self.alpha})"  # what numpy-ml writes, and reads
 
-    def fn(self, z: Array, out: Array | None = None) -> Array:
-        """Return ``z`` where positive, else ``alpha * z``."""
-        return _store(namespace(z).where(z > 0, z, self.alpha * z), out)
+    def _value(self, xp: Any, out: Array, new: New, z: Array) -> None:
+        small = xp.multiply(z, self.alpha, out=new("small"))
+        if self.alpha == 0:  # infinity times 0 is no number
+            at_least_zero(xp, z, out)
+        else:
+            (xp.maximum if self.alpha <= 1 else xp.minimum)(z, small, out=out)
 
-    def grad(self, x: Array) -> Array:
-        """Return 1 where ``x > 0``, else ``alpha``."""
-        return namespace(x).where(x > 0, 1, self.alpha).astype(x.dtype)
+    def _slope(self, xp: Any, out: Array, new: New, x: Array) -> Array:
+        mask = _positive(xp, new, x)
+        if self.alpha > 2:
+            out[...] = xp.where(mask, 1.0, self.alpha)
+            return out
+        # Where positive the rounded difference to 1, added again, gives 1.
+        out[...] = mask
+        xp.multiply(out, 1 - self.alpha, out=out)
+        return xp.add(out, self.alpha, out=out)
 
-    def grad2(self, x: Array) -> Array:
-        """Return zeros."""
-        return namespace(x).zeros_like(x)
-
-    def grad_from_output(self, y: Array) -> Array:
-        """Return 1 where ``y > 0``, else ``alpha``."""
-        return self.grad(y)
+    _slope_from_output = _slope
 
 
 @dataclass(frozen=True)
@@ -251,24 +194,30 @@ class ELU(Activation):
     def __post_init__(self) -> None:
         real("alpha", self.alpha, 0)
 
-    def fn(self, z: Array, out: Array | None = None) -> Array:
-        """Return ``z`` where positive, else ``alpha * (exp(z) - 1)``."""
-        xp = namespace(z)
-        return _store(xp.where(z > 0, z, self.alpha * xp.expm1(xp.minimum(z, 0))), out)
+    def _value(self, xp: Any, out: Array, new: New, z: Array) -> None:
+        below = _expm1(xp, new, at_most(xp, z, 0.0, new("below")))
+        if self.alpha != 1:
+            xp.multiply(below, self.alpha, out=below)
+        at_least_zero(xp, z, out)
+        xp.add(out, below, out=out)
 
-    def grad(self, x: Array) -> Array:
-        """Return 1 where ``x > 0``, else ``alpha * exp(x)``."""
-        xp = namespace(x)
-        return xp.where(x > 0, 1, self.alpha * xp.exp(xp.minimum(x, 0))).astype(x.dtype)
+    def _slope(self, xp: Any, out: Array, new: New, x: Array) -> Array:
+        mask = None if self.alpha == 1 else _positive(xp, new, x)
+        xp.exp(at_most(xp, x, 0.0, out), out=out)
+        if mask is not None:
+            xp.multiply(out, self.alpha, out=out)
+            _raised(xp, new, mask, 1 - self.alpha, out)
+        return out
 
     def grad2(self, x: Array) -> Array:
         """Return 0 where ``x > 0``, else ``alpha * exp(x)``."""
         xp = namespace(x)
         return xp.where(x > 0, 0, self.alpha * xp.exp(xp.minimum(x, 0))).astype(x.dtype)
 
-    def grad_from_output(self, y: Array) -> Array:
-        """Return 1 where ``y > 0``, else ``y + alpha``."""
-        return namespace(y).where(y > 0, 1, y + self.alpha).astype(y.dtype)
+    def _slope_from_output(self, xp: Any, out: Array, new: New, y: Array) -> Array:
+        mask = None if self.alpha == 1 else _positive(xp, new, y)
+        xp.add(at_most(xp, y, 0.0, out), self.alpha, out=out)
+        return out if mask is None else _raised(xp, new, mask, 1 - self.alpha, out)
 
 
 @dataclass(frozen=True)
@@ -281,17 +230,18 @@ class SELU(Activation):
     alpha: ClassVar[float] = 1.6732632423543772
     scale: ClassVar[float] = 1.0507009873554805
 
-    def fn(self, z: Array, out: Array | None = None) -> Array:
-        """Return ``scale * z`` where positive, else ``scale * alpha * (exp(z) - 1)``."""
-        xp = namespace(z)
-        negative = self.alpha * xp.expm1(xp.minimum(z, 0))
-        return _store(self.scale * xp.where(z > 0, z, negative), out)
+    def _value(self, xp: Any, out: Array, new: New, z: Array) -> None:
+        below = _expm1(xp, new, at_most(xp, z, 0.0, new("below")))
+        xp.multiply(below, self.alpha, out=below)
+        at_least_zero(xp, z, out)
+        xp.add(out, below, out=out)
+        xp.multiply(out, self.scale, out=out)
 
-    def grad(self, x: Array) -> Array:
-        """Return the scaled derivative of ELU."""
-        xp = namespace(x)
-        slope = xp.where(x > 0, 1, self.alpha * xp.exp(xp.minimum(x, 0)))
-        return (self.scale * slope).astype(x.dtype)
+    def _slope(self, xp: Any, out: Array, new: New, x: Array) -> Array:
+        mask = _positive(xp, new, x)
+        xp.exp(at_most(xp, x, 0.0, out), out=out)
+        xp.multiply(out, self.scale * self.alpha, out=out)
+        return _raised(xp, new, mask, self.scale * (1 - self.alpha), out)
 
     def grad2(self, x: Array) -> Array:
         """Return the scaled second derivative of ELU."""
@@ -299,62 +249,16 @@ class SELU(Activation):
         slope = xp.where(x > 0, 0, self.alpha * xp.exp(xp.minimum(x, 0)))
         return (self.scale * slope).astype(x.dtype)
 
-    def grad_from_output(self, y: Array) -> Array:
-        """Return ``scale`` where ``y > 0``, else ``y + scale * alpha``."""
-        scale = self.scale
-        return namespace(y).where(y > 0, scale, y + scale * self.alpha).astype(y.dtype)
-
-
-# Coefficients of W. J. Cody's rational approximations of erf and erfc (Math. Comp. 23, 1969),
-# lowest power first.
-_ERF_SMALL = (
-    (3209.377589138469, 377.485237685302, 113.86415415105016, 3.1611237438705655, 0.18577770618460315),
-    (2844.2368334391706, 1282.6165260773723, 244.02463793444417, 23.601290952344122, 1.0),
-)  # fmt: skip
-_ERFC_MEDIUM = (
-    (1230.3393547979972, 2051.0783778260716, 1712.0476126340707, 881.952221241769,
-     298.6351381974001, 66.11919063714163, 8.883149794388377, 0.5641884969886701,
-     2.1531153547440383e-08),
-    (1230.3393548037495, 3439.3676741437216, 4362.619090143247, 3290.7992357334597,
-     1621.3895745666903, 537.1811018620099, 117.6939508913125, 15.744926110709835, 1.0),
-)  # fmt: skip
-_ERFC_LARGE = (
-    (0.0006587491615298378, 0.016083785148742275, 0.12578172611122926, 0.36034489994980445,
-     0.30532663496123236, 0.016315387137302097),
-    (0.002335204976268692, 0.06051834131244132, 0.5279051029514285, 1.8729528499234604,
-     2.568520192289822, 1.0),
-)  # fmt: skip
-
-
-def _horner(coefficients: tuple[float, ...], t: Array) -> Array:
-    total = coefficients[-1]
-    for c in reversed(coefficients[:-1]):
-        total = total * t + c
-    return total
-
-
-def _erf(x: Array) -> Array:
-    """Return the error function, to double precision (NumPy has none)."""
-    xp = namespace(x)
-    dtype = x.dtype
-    if dtype.itemsize < 4:  # the coefficients' powers pass float16's largest number
-        x = x.astype("float32")
-    a = xp.abs(x)
-    a2 = xp.minimum(a, 0.5) ** 2
-    small = x * _horner(_ERF_SMALL[0], a2) / _horner(_ERF_SMALL[1], a2)
-    m = xp.clip(a, 0.46875, 4.0)
-    medium = xp.exp(-m * m) * _horner(_ERFC_MEDIUM[0], m) / _horner(_ERFC_MEDIUM[1], m)
-    big = xp.clip(a, 4.0, 6.0)
-    r = 1.0 / (big * big)
-    tail = r * _horner(_ERFC_LARGE[0], r) / _horner(_ERFC_LARGE[1], r)
-    large = xp.exp(-big * big) / big * (1 / math.sqrt(math.pi) - tail)
-    outer = xp.sign(x) * (1 - xp.where(a <= 4.0, medium, large))
-    # NaN compares false and must stay NaN: it takes the first branch.
-    return xp.where(a > 0.46875, outer, small).astype(dtype)
+    def _slope_from_output(self, xp: Any, out: Array, new: New, y: Array) -> Array:
+        mask = _positive(xp, new, y)
+        xp.add(at_most(xp, y, 0.0, out), self.scale * self.alpha, out=out)
+        return _raised(xp, new, mask, self.scale * (1 - self.alpha), out)
 
 
 #: Beyond this Phi is 0 or 1 and flat, in every dtype; powers of larger arguments could overflow.
 _GELU_FLAT = 40.0
+_TANH_SLOPE = math.sqrt(2 / math.pi)
+_TANH_CUBE = 0.044715 * _TANH_SLOPE
 
 
 @dataclass(frozen=True)
@@ -370,25 +274,45 @@ class GELU(Activation):
     def __post_init__(self) -> None:
         boolean("approximate", self.approximate)
 
-    def _phi(self, x: Array) -> tuple[Array, Array]:
-        """Return Phi and its derivative."""
-        xp = namespace(x)
-        x = xp.clip(x, -_GELU_FLAT, _GELU_FLAT)
+    def _value(self, xp: Any, out: Array, new: New, z: Array) -> None:
+        phi = new("phi")
         if self.approximate:
-            c = math.sqrt(2 / math.pi)
-            t = xp.tanh(c * (x + 0.044715 * x * x * x))
-            return 0.5 * (1 + t), 0.5 * (1 - t * t) * c * (1 + 3 * 0.044715 * x * x)
-        density = xp.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
-        return 0.5 * (1 + _erf(x / math.sqrt(2))), density
+            xp.multiply(z, z, out=phi)
+            xp.multiply(phi, _TANH_CUBE, out=phi)
+            xp.add(phi, _TANH_SLOPE, out=phi)
+            xp.multiply(phi, z, out=phi)
+            xp.tanh(phi, out=phi)
+            xp.add(phi, 1, out=phi)
+            xp.multiply(phi, 0.5, out=phi)
+        else:
+            normal_distribution(xp, z, phi, new)
+        xp.multiply(z, phi, out=out)
 
-    def fn(self, z: Array, out: Array | None = None) -> Array:
-        """Return ``z * Phi(z)``."""
-        return _store(z * self._phi(z)[0], out)
-
-    def grad(self, x: Array) -> Array:
-        """Return ``Phi(x) + x Phi'(x)``."""
-        phi, slope = self._phi(x)
-        return phi + x * slope
+    def _slope(self, xp: Any, out: Array, new: New, x: Array) -> Array:
+        x = xp.clip(x, -_GELU_FLAT, _GELU_FLAT, out=new("clipped"))
+        square = xp.multiply(x, x, out=new("square"))
+        if not self.approximate:
+            # Phi(x) + x * exp(-x**2 / 2) / sqrt(2 pi)
+            xp.multiply(square, -0.5, out=square)
+            xp.exp(square, out=square)
+            xp.multiply(square, 1 / math.sqrt(2 * math.pi), out=square)
+            xp.multiply(square, x, out=square)
+            normal_distribution(xp, x, out, new)
+            return xp.add(out, square, out=out)
+        # With u = x * (slope + cube * x**2) and t = tanh(u) it is
+        # (1 + t) / 2 * (1 + (1 - t) * x * u'), and x * u' = x * (slope + 3 * cube * x**2).
+        xp.multiply(square, _TANH_CUBE, out=square)
+        t = xp.add(square, _TANH_SLOPE, out=out)
+        xp.multiply(t, x, out=t)
+        xp.tanh(t, out=t)
+        xp.multiply(square, 3, out=square)
+        xp.add(square, _TANH_SLOPE, out=square)
+        xp.multiply(square, x, out=square)
+        xp.multiply(square, xp.subtract(1, t, out=new("rest")), out=square)
+        xp.add(square, 1, out=square)
+        xp.add(t, 1, out=t)
+        xp.multiply(t, 0.5, out=t)
+        return xp.multiply(t, square, out=out)
 
     def grad2(self, x: Array) -> Array:
         """Return ``2 Phi'(x) + x Phi''(x)``."""
@@ -397,10 +321,9 @@ class GELU(Activation):
         if not self.approximate:
             density = xp.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
             return density * (2 - x * x)
-        c = math.sqrt(2 / math.pi)
-        u1 = c * (1 + 3 * 0.044715 * x * x)
-        u2 = c * 6 * 0.044715 * x
-        t = xp.tanh(c * (x + 0.044715 * x * x * x))
+        u1 = _TANH_SLOPE * (1 + 3 * 0.044715 * x * x)
+        u2 = _TANH_SLOPE * 6 * 0.044715 * x
+        t = xp.tanh(_TANH_SLOPE * (x + 0.044715 * x * x * x))
         sech2 = 1 - t * t
         return sech2 * u1 + 0.5 * x * sech2 * (u2 - 2 * t * u1 * u1)
 
@@ -409,110 +332,102 @@ class GELU(Activation):
 class Tanh(Activation):
     """Hyperbolic tangent."""
 
-    def fn(self, z: Array, out: Array | None = None) -> Array:
-        """Return ``tanh(z)``."""
-        return namespace(z).tanh(z, out=out)
+    def _value(self, xp: Any, out: Array, new: New, z: Array) -> None:
+        xp.tanh(z, out=out)
 
-    def grad(self, x: Array) -> Array:
-        """Return ``1 - tanh(x)**2``."""
-        return self.grad_from_output(namespace(x).tanh(x))
+    def _slope(self, xp: Any, out: Array, new: New, x: Array) -> Array:
+        return self._slope_from_output(xp, out, new, xp.tanh(x, out=out))
 
     def grad2(self, x: Array) -> Array:
         """Return ``-2 tanh(x) (1 - tanh(x)**2)``."""
         t = namespace(x).tanh(x)
         return -2 * t * (1 - t * t)
 
-    def grad_from_output(self, y: Array) -> Array:
-        """Return ``1 - y**2``."""
-        return 1 - y * y
+    def _slope_from_output(self, xp: Any, out: Array, new: New, y: Array) -> Array:
+        xp.multiply(y, y, out=out)
+        return xp.subtract(1, out, out=out)
 
 
 @dataclass(frozen=True)
 class Sigmoid(Activation):
     """Logistic function ``1 / (1 + exp(-z))``."""
 
-    def fn(self, z: Array, out: Array | None = None) -> Array:
-        """Return the logistic function, written so that no argument overflows."""
-        xp = namespace(z)
-        e = xp.exp(-xp.abs(z))
-        return _store(xp.where(z < 0, e, 1) / (1 + e), out)
+    def _value(self, xp: Any, out: Array, new: New, z: Array) -> None:
+        _logistic(xp, z, out)
 
-    def grad(self, x: Array) -> Array:
-        """Return ``s (1 - s)``."""
-        return self.grad_from_output(self.fn(x))
+    def _slope(self, xp: Any, out: Array, new: New, x: Array) -> Array:
+        return self._slope_from_output(xp, out, new, _logistic(xp, x, new("logistic")))
 
     def grad2(self, x: Array) -> Array:
         """Return ``s (1 - s) (1 - 2 s)``."""
         s = self.fn(x)
         return s * (1 - s) * (1 - 2 * s)
 
-    def grad_from_output(self, y: Array) -> Array:
-        """Return ``y (1 - y)``."""
-        return y * (1 - y)
+    def _slope_from_output(self, xp: Any, out: Array, new: New, y: Array) -> Array:
+        return xp.multiply(xp.subtract(1, y, out=out), y, out=out)
 
 
 @dataclass(frozen=True)
 class HardSigmoid(Activation):
-    """``clip(0.2 z + 0.5, 0, 1)``."""
+    """``clip(0.2 z + 0.5, 0, 1)``; its derivative where it bends is 0."""
 
-    def fn(self, z: Array, out: Array | None = None) -> Array:
-        """Return ``clip(0.2 z + 0.5, 0, 1)``."""
-        return _store(namespace(z).clip(0.2 * z + 0.5, 0, 1), out)
+    def _value(self, xp: Any, out: Array, new: New, z: Array) -> None:
+        xp.multiply(z, 0.2, out=out)
+        xp.add(out, 0.5, out=out)
+        xp.clip(out, 0, 1, out=out)
 
-    def grad(self, x: Array) -> Array:
-        """Return 0.2 inside (-2.5, 2.5), else 0."""
-        return namespace(x).where(abs(x) < 2.5, 0.2, 0).astype(x.dtype)
+    def _slope(self, xp: Any, out: Array, new: New, x: Array) -> Array:
+        return self._inside(xp, out, new, x, -2.5, 2.5)
 
-    def grad2(self, x: Array) -> Array:
-        """Return zeros."""
-        return namespace(x).zeros_like(x)
+    def _slope_from_output(self, xp: Any, out: Array, new: New, y: Array) -> Array:
+        return self._inside(xp, out, new, y, 0.0, 1.0)
 
-    def grad_from_output(self, y: Array) -> Array:
-        """Return 0.2 where ``0 < y < 1``, else 0."""
-        return namespace(y).where((y > 0) & (y < 1), 0.2, 0).astype(y.dtype)
+    def _inside(self, xp: Any, out: Array, new: New, a: Array, low: float, high: float) -> Array:
+        """Write 0.2 where ``low < a < high``, else 0."""
+        mask = xp.greater(a, low, out=new("mask", bool))
+        mask &= xp.less(a, high, out=new("other mask", bool))
+        out[...] = mask
+        return xp.multiply(out, 0.2, out=out)
 
 
 @dataclass(frozen=True)
 class SoftPlus(Activation):
     """``log(1 + exp(z))``."""
 
-    def fn(self, z: Array, out: Array | None = None) -> Array:
-        """Return ``log(1 + exp(z))`` without overflow."""
-        xp = namespace(z)
-        return _store(xp.maximum(z, 0) + xp.log1p(xp.exp(-xp.abs(z))), out)
+    def _value(self, xp: Any, out: Array, new: New, z: Array) -> None:
+        rest = xp.absolute(z, out=new("rest"))
+        xp.exp(xp.negative(rest, out=rest), out=rest)
+        xp.log1p(rest, out=rest)
+        xp.add(at_least_zero(xp, z, out), rest, out=out)
 
-    def grad(self, x: Array) -> Array:
-        """Return the logistic function."""
-        return Sigmoid().fn(x)
+    def _slope(self, xp: Any, out: Array, new: New, x: Array) -> Array:
+        return _logistic(xp, x, out)
 
     def grad2(self, x: Array) -> Array:
         """Return the logistic function's derivative."""
         return Sigmoid().grad(x)
 
-    def grad_from_output(self, y: Array) -> Array:
-        """Return ``1 - exp(-y)``."""
-        return -namespace(y).expm1(-y)
+    def _slope_from_output(self, xp: Any, out: Array, new: New, y: Array) -> Array:
+        _expm1(xp, new, xp.negative(y, out=out))
+        return xp.negative(out, out=out)
 
 
 @dataclass(frozen=True)
 class Exponential(Activation):
     """``exp(z)``."""
 
-    def fn(self, z: Array, out: Array | None = None) -> Array:
-        """Return ``exp(z)``."""
-        return namespace(z).exp(z, out=out)
+    def _value(self, xp: Any, out: Array, new: New, z: Array) -> None:
+        xp.exp(z, out=out)
 
-    def grad(self, x: Array) -> Array:
-        """Return ``exp(x)``."""
-        return namespace(x).exp(x)
+    def _slope(self, xp: Any, out: Array, new: New, x: Array) -> Array:
+        return xp.exp(x, out=out)
 
     def grad2(self, x: Array) -> Array:
         """Return ``exp(x)``."""
         return namespace(x).exp(x)
 
-    def grad_from_output(self, y: Array) -> Array:
-        """Return ``y``."""
-        return y.copy()
+    def _slope_from_output(self, xp: Any, out: Array, new: New, y: Array) -> Array:
+        return y
 
 
 _CLASSES: tuple[type[Activation], ...] = (

@@ -66,6 +66,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="instead of layers, time a training epoch of a conv net beside PyTorch",
     )
+    add(
+        "--layers",
+        action="store_true",
+        help="instead of convolutions, time pooling, batch normalisation and activations beside "
+        "PyTorch",
+    )
     add("--list", action="store_true", help="print the layers, their FLOPs and bytes, and stop")
 
 
@@ -82,7 +88,7 @@ def main(args: argparse.Namespace) -> int:
         return 2
     if str(root) not in sys.path:
         sys.path.insert(0, str(root))
-    from benchmarks import net, report, runner, suite
+    from benchmarks import layers, net, report, runner, suite
     from benchmarks.children import ChildError
     from benchmarks.peers import PEERS
 
@@ -94,6 +100,12 @@ def main(args: argparse.Namespace) -> int:
             for file in net.write(trained, args.out) if args.out else []:
                 _say(f"wrote {file}")
             return 1 if net.failures(trained) else 0
+        if args.layers:
+            timed = layers.run(layers.LayersOptions(threads, args.repeat, args.seconds, say=_say))
+            print(report.to_json(timed) if args.json else layers.markdown(timed))
+            for file in layers.write(timed, args.out) if args.out else []:
+                _say(f"wrote {file}")
+            return 1 if layers.failures(timed) else 0
         shapes = suite.load(args.suite or suite.SUITE)
         chosen = suite.select(shapes, args.shapes, args.quick)
         if args.list:

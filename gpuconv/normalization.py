@@ -252,7 +252,7 @@ def columns_grad(
     rows, columns = x.shape
     fused = xp is not np and kernels.has_activation(activation)
     if activation is not None and y is not None and not fused:
-        dy, y, activation = dy * activation.grad_from_output(y), None, None
+        dy, y, activation = activation.backward(dy, y=y), None, None
     if xp is not np and rows > 0:
         dy, x = xp.ascontiguousarray(dy), xp.ascontiguousarray(x)
         y = None if y is None else xp.ascontiguousarray(y)

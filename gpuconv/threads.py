@@ -15,13 +15,19 @@ from typing import Any
 
 from gpuconv import settings
 
-__all__ = ["run", "shares", "single_threaded_blas", "together"]
+__all__ = ["inside", "run", "shares", "single_threaded_blas", "together"]
 
 _lock = threading.Lock()
 _pool: ThreadPoolExecutor | None = None
 _pool_size = 0
 _blas: list[_Blas] | None = None
 _depth = 0
+_local = threading.local()
+
+
+def inside() -> bool:
+    """Return whether this thread is at work for :func:`run`, so that the cores are taken."""
+    return getattr(_local, "inside", False)
 
 
 @contextmanager
@@ -81,15 +87,25 @@ def shares(count: int, workers: int) -> list[range]:
 def run(work: Callable[[int], None], workers: int) -> None:
     """Call ``work(0)`` to ``work(workers - 1)``, at the same time, and wait for all.
 
-    The calling thread takes number 0. The first exception is raised when all have ended.
+    The calling thread takes number 0. The first exception is raised when all have ended. From
+    inside another run they are called in turn: all cores are at work already.
     """
-    if workers == 1:
-        work(0)
+    if workers == 1 or inside():
+        for k in range(workers):
+            work(k)
         return
     pool = _executor(workers - 1)
-    futures = [pool.submit(work, k) for k in range(1, workers)]
+
+    def marked(k: int) -> None:
+        before, _local.inside = inside(), True
+        try:
+            work(k)
+        finally:
+            _local.inside = before
+
+    futures = [pool.submit(marked, k) for k in range(1, workers)]
     try:
-        work(0)
+        marked(0)
     finally:
         errors = [f.exception() for f in futures]
     for error in errors:
@@ -104,7 +120,7 @@ def together(work: Callable[[bool], None], workers: int, done: Callable[[], bool
     and which call takes which must make no difference to the result. So nobody waits for a thread
     that is still asleep when ``done()`` says that all shares are.
     """
-    if workers == 1:
+    if workers == 1 or inside():
         work(True)
         return
     pool = _executor(workers - 1)

@@ -8,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+import gpuconv
 from gpuconv import activations as act
+from gpuconv import elementwise, normal
 from gpuconv.activations import Activation, get_activation
 
 ALL = [
@@ -166,7 +168,7 @@ def test_exact_gelu_is_the_normal_distributions():
 @given(hnp.arrays("float64", 50, elements=st.floats(-30, 30)))
 def test_error_function(x):
     want = [math.erf(v) for v in x]
-    np.testing.assert_allclose(act._erf(x), want, rtol=1e-15, atol=1e-300)
+    np.testing.assert_allclose(normal.erf(x), want, rtol=1e-15, atol=1e-300)
 
 
 @given(hnp.arrays("float64", 30, elements=st.floats(-40, 40)))
@@ -249,3 +251,66 @@ def test_wrong_names(spec, error, message):
 def test_wrong_parameters(make, error):
     with pytest.raises(error, match="expected"):
         make()
+
+
+# ------------------------------------------------------------------------------ whole arrays
+
+#: More than the workers' blocks, and no multiple of anything.
+MANY = 2 * elementwise.BLOCK + 12_345
+
+
+@each
+def test_many_values_are_pytorchs_in_float32(a):
+    """Values and gradients of arrays that are divided among workers and into blocks."""
+    torch = pytest.importorskip("torch")
+    random = np.random.default_rng(3)
+    z = (4 * random.standard_normal(MANY)).astype("f4")
+    z[[0, 5, elementwise.BLOCK, MANY - 1]] = 0, -0.0, 1e-30, -1e-30
+    dy = random.standard_normal(MANY).astype("f4")
+    wide = torch.tensor(z.astype("f8"), requires_grad=True)
+    want = by_torch(a)(wide)
+    (grad,) = torch.autograd.grad(want, wide, torch.tensor(dy.astype("f8")))
+    bend = np.isclose(abs(z), 2.5, atol=1e-5) if isinstance(a, act.HardSigmoid) else z == np.inf
+    y = a.fn(z)
+    scale = np.maximum(1, abs(want.detach().numpy()))
+    assert (abs(y - want.detach().numpy()) / scale).max() < 1e-6
+    given = {"x": z} if not a.invertible else {"y": y}
+    for dx in (a.backward(dy, **given), a.backward(dy, z)):
+        assert dx.dtype == "float32"
+        scale = np.maximum(1, abs(grad.numpy()))
+        assert (abs(dx - grad.numpy()) / scale)[~bend].max() < 1e-5
+    again = dy.copy()
+    assert a.backward(again, z, out=again) is again
+    np.testing.assert_array_equal(again, dx)
+
+
+@each
+def test_one_worker_or_two_give_the_same_bits(a):
+    z = np.random.default_rng(4).standard_normal((3, MANY // 3)).astype("f4")
+    results = []
+    for count in (1, 2):
+        gpuconv.set_num_threads(count)
+        try:
+            results.append((a.fn(z), a.grad(z), a.fn(z.T).T, a.backward(z, z)))
+        finally:
+            gpuconv.set_num_threads(None)
+    for one, two in zip(*results, strict=True):
+        np.testing.assert_array_equal(one, two)
+    np.testing.assert_array_equal(results[0][0], results[0][2])
+
+
+def test_gradients_need_what_they_are_made_of():
+    with pytest.raises(ValueError, match="x and y are None"):
+        act.ReLU().backward(POINTS)
+    with pytest.raises(ValueError, match="does not follow from its output"):
+        act.GELU().backward(POINTS, y=POINTS)
+
+
+@pytest.mark.parametrize("a", INVERTIBLE, ids=str)
+def test_gradients_are_products_with_the_derivative(a):
+    y = a.fn(POINTS)
+    dy = np.cos(POINTS)
+    np.testing.assert_allclose(a.backward(dy, y=y), dy * a.grad_from_output(y), rtol=1e-14)
+    np.testing.assert_allclose(a.backward(dy, POINTS), dy * a.grad(POINTS), rtol=1e-14)
+    half = a.backward(dy.astype("f2"), y=y.astype("f2"))
+    assert half.dtype == "float16"

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import json
+import os
 import struct
+import subprocess
+import sys
 import threading
 import time
 import tracemalloc
@@ -16,6 +20,7 @@ import pytest
 from gpuconv import data
 from gpuconv.losses import CrossEntropy
 from gpuconv.models import lenet5
+from tests.test_device import ROOT
 
 RNG = np.random.default_rng(2)
 
@@ -346,3 +351,21 @@ def test_a_file_is_trained_from_without_being_loaded(tmp_path: Path) -> None:
         batches.close()  # type: ignore[attr-defined]
     assert images.images.nbytes == 64 * 2**20
     assert peak < 16 * 2**20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits and counts are Linux's")
+def test_a_file_larger_than_the_memory_allowed_is_trained_from() -> None:
+    """2 GiB of images, in a process that may have 1 GiB: they cannot be loaded, and train."""
+    command = [sys.executable, "-m", "tests.memory_limited", str(2 << 30), str(1 << 30), "6"]
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    answer = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert answer.returncode == 0, answer.stderr
+    found = json.loads(answer.stdout)
+    assert found["file"] > found["limit"]
+    assert not found["the images fit"]
+    assert found["steps"] == 6
+    assert found["losses"][1] < found["losses"][0]
+    assert found["anonymous at most"] < found["file"] / 10
+    assert found["peak resident"] < found["file"] / 5

@@ -127,20 +127,22 @@ def test_padding_never_wins_a_maximum_but_in_the_layer() -> None:
     assert gpuconv.max_pool2d(x, 2, stride=1, padding=1).max() == -1
     dx = gpuconv.max_pool2d_backward(np.ones((1, 4, 4, 1)), x, 2, stride=1, padding=1)
     assert dx.sum() == 16
-    y = pooling.pool(x, (2, 2), (1, 1), ((1, 1), (1, 1)), "max")
+    y, won = pooling.pool(x, (2, 2), (1, 1), ((1, 1), (1, 1)), "max", True)
     assert y[0, 0, 0, 0] == 0
     assert y[0, 1, 1, 0] == -1
-    dx = pooling.pool_grad(np.ones(y.shape), x, y, (2, 2), (1, 1), ((1, 1), (1, 1)), "max")
+    dx = pooling.pool_grad(np.ones(y.shape), won, x.shape, (2, 2), (1, 1), ((1, 1), (1, 1)), "max")
     assert dx.sum() == 4  # the other windows' maximum is a zero of the padding
-    apart = pooling.pool(x, (2, 2), (2, 2), ((1, 0), (1, 0)), "max")
-    dx = pooling.pool_grad(np.ones(apart.shape), x, apart, (2, 2), (2, 2), ((1, 0), (1, 0)), "max")
+    apart, won = pooling.pool(x, (2, 2), (2, 2), ((1, 0), (1, 0)), "max", True)
+    dx = pooling.pool_grad(
+        np.ones(apart.shape), won, x.shape, (2, 2), (2, 2), ((1, 0), (1, 0)), "max"
+    )
     assert dx.sum() == 1
 
 
 def test_a_tie_with_the_paddings_zero_goes_to_what_comes_first() -> None:
     x = np.zeros((1, 2, 2, 1))
-    y = pooling.pool(x, (2, 2), (2, 2), ((1, 1), (1, 1)), "max")
-    dx = pooling.pool_grad(np.ones(y.shape), x, y, (2, 2), (2, 2), ((1, 1), (1, 1)), "max")
+    y, won = pooling.pool(x, (2, 2), (2, 2), ((1, 1), (1, 1)), "max", True)
+    dx = pooling.pool_grad(np.ones(y.shape), won, x.shape, (2, 2), (2, 2), ((1, 1), (1, 1)), "max")
     assert dx[0, :, :, 0].tolist() == [[0, 0], [0, 1]]
 
 

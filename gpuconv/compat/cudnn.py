@@ -16,8 +16,8 @@ from typing import Any
 from gpuconv import settings
 from gpuconv.device import Device, namespace
 from gpuconv.engines import pooling as windowed
-from gpuconv.engines import pooling_max
 from gpuconv.engines.pooling import Windows
+from gpuconv.engines.pooling_max_grad import max_grad_by_values
 from gpuconv.functional.passes import check_arrays, check_out, conv, conv_backward, on
 from gpuconv.functional.plan import make_plan, padding_argument, per_axis
 from gpuconv.functional.transposed_passes import conv_transpose
@@ -286,7 +286,7 @@ def pooling_backward(
         gx = namespace(x).empty(x.shape, x.dtype)
         if x.size:
             if kind == "max":
-                pooling_max.max_grad_by_taps(gy, x, y, gx, windows)
+                max_grad_by_values(gy, x, gx, windows)
             else:
                 windowed.mean_grad(gy, gx, windows, padded)
     return gx

@@ -28,10 +28,9 @@ PASSES: tuple[Pass, ...] = ("forward", "input_grad", "weight_grad")
 
 def epilogue_grad(dy: Array, y: Array, activation: Activation, out: Array | None = None) -> Array:
     """Return ``dy * act'(z)``, the derivative taken from the output ``y = act(z)``."""
-    xp = namespace(dy)
     if activation.by_sign and getattr(activation, "alpha", 0) == 0:  # ReLU: one pass
-        return xp.multiply(dy, y > 0, out=out)
-    return xp.multiply(dy, activation.grad_from_output(y), out=out)
+        return namespace(dy).multiply(dy, y > 0, out=out)
+    return activation.backward(dy, y=y, out=out)
 
 
 def bias_grad(dz: Array, db: Array) -> None:

@@ -20,7 +20,7 @@ from gpuconv.dtypes import is_half
 from gpuconv.engines.im2col import run_shares, scratch, wide_dtype, worker_count
 from gpuconv.engines.windows import blocks
 
-__all__ = ["Windows", "at_axis", "by_blocks", "mean_grad", "new", "pool", "widened"]
+__all__ = ["Windows", "at_axis", "by_blocks", "mean_grad", "new", "pool", "reduce_axis", "widened"]
 
 Array = Any
 Ints = tuple[int, ...]
@@ -127,7 +127,7 @@ def pool(x: Array, y: Array, w: Windows, mode: str, padded: str) -> None:
             shape[w.first + axis] = part.out[axis]
             direct = final and target.dtype == source.dtype
             into = target if direct else new(xp, f"pool{axis % 2}", tuple(shape), source.dtype)
-            _reduce(xp, source, into, part, axis, mode, padded)
+            reduce_axis(xp, source, into, part, axis, mode, padded)
             source = into
         if scale is not None:
             source *= scale if isinstance(scale, float) else scale[at_axis(w.first, slice(*rows))]
@@ -163,10 +163,10 @@ def _scale(xp: Any, w: Windows, mode: str, padded: str, dtype: Any) -> float | A
     return (1 / w.counts(xp)).astype(wide_dtype(dtype.name))
 
 
-def _reduce(
+def reduce_axis(
     xp: Any, source: Array, out: Array, w: Windows, axis: int, mode: str, padded: str
 ) -> None:
-    """Combine the taps of one axis."""
+    """Write the maximum or the sum of the taps of one axis into ``out``; see :func:`pool`."""
     at = w.first + axis
     combine: Callable[..., Any] = xp.maximum if mode == "max" else xp.add
     whole, rest = [], []

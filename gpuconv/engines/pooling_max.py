@@ -1,4 +1,4 @@
-"""Where the maxima of windows are, and their gradients.
+"""Where the maxima of windows are, and the gradient that goes there.
 
 The place of a maximum is kept as the number of its tap, a byte, along the way: each axis takes
 over what the one before found. In the end it becomes an index into the input, and the gradient
@@ -18,7 +18,7 @@ from gpuconv.engines.im2col import run_shares, wide_dtype, worker_count
 from gpuconv.engines.pooling import Windows, at_axis, by_blocks, new, widened
 from gpuconv.engines.windows import blocks
 
-__all__ = ["max_grad", "max_grad_by_taps", "pool_indices"]
+__all__ = ["max_grad", "pool_indices"]
 
 Array = Any
 Ints = tuple[int, ...]
@@ -178,84 +178,3 @@ def max_grad(dy: Array, indices: Array, dx: Array) -> None:
         work(0, (((0, dy.shape[0]),),))
     if total is not dx:
         dx[...] = total
-
-
-def max_grad_by_taps(dy: Array, x: Array, y: Array, dx: Array, w: Windows) -> None:
-    """Write the gradient of a maximum into ``dx``, straight from ``x``, a tap at a time.
-
-    Quick where no cell belongs to two windows, as nothing is added up; and on a device the
-    same bits every time, as nothing is scattered.
-
-    Parameters
-    ----------
-    dy, x, y, dx, w
-        As for :func:`pool`, with the gradients.
-    """
-    xp = namespace(dy)
-    k, s, before = w.kernel[0], w.stride[0], w.before[0]
-    wide = wide_dtype(dx.dtype.name)
-    total = dx if dx.dtype == wide else xp.empty(dx.shape, wide)
-
-    def work(images: slice, rows: tuple[int, int]) -> None:
-        # The outputs whose windows reach into these rows of the input.
-        low = min(w.out[0], max(0, -((k - 1 - before - rows[0]) // s)))
-        high = max(low, min(w.out[0], (rows[1] - 1 + before) // s + 1))
-        target = total[(images, *at_axis(w.first, slice(*rows))[1:])]
-        if high == low:
-            target[...] = 0
-            return
-        inside = (images, *at_axis(w.first, slice(low, high))[1:])
-        _pass_on(xp, dy[inside], x[images], y[inside], target, w.rows(low, high), rows)
-
-    by_blocks(xp, dx, w, w.size[0], work)
-    if total is not dx:
-        dx[...] = total
-
-
-def _pass_on(
-    xp: Any, dy: Array, x: Array, y: Array, dx: Array, w: Windows, rows: tuple[int, int]
-) -> None:
-    """Give each output's gradient to the first cell of its window that has its value."""
-    # A look at the numbers of a device would wait for it: there the general way at once.
-    plain = xp is np and _finite(dy) and _finite(y)
-    free = new(xp, "pool free", y.shape, bool)
-    here = new(xp, "pool here", y.shape, bool)
-    free.fill(True)
-    lead = (slice(None),) * w.first
-    taps = [w.taps(axis) for axis in range(len(w.kernel))]
-    inside = [[_within(*tap, rows) for tap in taps[0]], *taps[1:]]
-    apart = all(k <= s for k, s in zip(w.kernel, w.stride, strict=True))
-    covered = math.prod(sum(r.stop - r.start for r, _ in each) for each in inside)
-    if not apart or covered < (rows[1] - rows[0]) * math.prod(w.size[1:]):
-        dx.fill(0)
-    for reads, writes in zip(itertools.product(*taps), itertools.product(*inside), strict=True):
-        outputs = (*lead, *(r for r, _ in reads))
-        cell, met = x[(*lead, *(c for _, c in reads))], here[outputs]
-        xp.equal(cell, y[outputs], out=met)
-        if not plain:
-            met |= cell != cell  # a NaN is its window's maximum
-        met &= free[outputs]
-        free[outputs] ^= met
-        to, into = (*lead, *(r for r, _ in writes)), dx[(*lead, *(c for _, c in writes))]
-        if plain and apart:
-            xp.multiply(dy[to], here[to], out=into)
-        elif not apart:
-            into += xp.where(here[to], dy[to], xp.zeros((), dy.dtype))
-        else:  # an infinite gradient must not turn to NaN where it does not go
-            into[...] = xp.where(here[to], dy[to], xp.zeros((), dy.dtype))
-
-
-def _finite(a: Array) -> bool:
-    """Return whether an array of the CPU has neither NaN nor Inf (nor squares beyond all bounds)."""
-    flat = np.ascontiguousarray(a).reshape(-1)
-    return math.isfinite(np.dot(flat, flat))
-
-
-def _within(outputs: slice, cells: slice, rows: tuple[int, int]) -> tuple[slice, slice]:
-    """Return the part of a tap that reads ``rows``, with its cells counted from there."""
-    step = cells.step
-    low = max(outputs.start, outputs.start - (cells.start - rows[0]) // step)
-    high = min(outputs.stop, outputs.start + (rows[1] - 1 - cells.start) // step + 1)
-    high = max(low, high)
-    start = cells.start + (low - outputs.start) * step - rows[0]
-    return slice(low, high), slice(start, start + (high - low) * step, step)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from gpuconv import settings
 from gpuconv.arguments import boolean
 from gpuconv.device import device_of, namespace
 from gpuconv.engines import pooling as windowed
 from gpuconv.engines import pooling_max
 from gpuconv.engines.pooling import Windows
+from gpuconv.engines.pooling_max_grad import max_grad_by_codes, max_grad_by_values, pool_max
 from gpuconv.functional.passes import check_arrays, check_out, native, on, overlap
 from gpuconv.functional.plan import (
     channels_last,
@@ -46,7 +45,9 @@ def pooled_shape(shape: _Shape, kernel: _Shape, stride: _Shape, pads: _Pads) -> 
     return (shape[0], *Windows(shape[1:-1], kernel, stride, pads, 1).out, shape[-1])
 
 
-def pool(x: Array, kernel: _Shape, stride: _Shape, pads: _Pads, mode: str) -> Array:
+def pool(
+    x: Array, kernel: _Shape, stride: _Shape, pads: _Pads, mode: str, retain: bool = False
+) -> tuple[Array, Any]:
     """Return the maximum or the mean of every window; zeros of the padding take part.
 
     Parameters
@@ -59,16 +60,27 @@ def pool(x: Array, kernel: _Shape, stride: _Shape, pads: _Pads, mode: str) -> Ar
         Zeros before and after, per spatial axis.
     mode : {"max", "average"}
         NaN in a window gives NaN in either.
+    retain : bool
+        Whether the gradient will be asked for.
+
+    Returns
+    -------
+    y : ndarray
+    winners : object
+        For :func:`pool_grad`: which cells the maxima are, a byte or two each; None for a mean.
     """
     w = Windows(x.shape[1:-1], kernel, stride, pads, 1)
     y = namespace(x).empty((x.shape[0], *w.out, x.shape[-1]), x.dtype)
-    if y.size:
-        windowed.pool(x, y, w, mode, "zeros")
-    return y
+    if not y.size:
+        return y, None
+    if mode == "max" and retain:
+        return y, pool_max(x, y, w, "zeros")
+    windowed.pool(x, y, w, mode, "zeros")
+    return y, None
 
 
 def pool_grad(
-    dy: Array, x: Array, y: Array, kernel: _Shape, stride: _Shape, pads: _Pads, mode: str
+    dy: Array, winners: Any, shape: _Shape, kernel: _Shape, stride: _Shape, pads: _Pads, mode: str
 ) -> Array:
     """Return the gradient of :func:`pool` with respect to ``x``.
 
@@ -76,39 +88,24 @@ def pool_grad(
 
     Parameters
     ----------
-    dy, y : ndarray
-        Gradient with respect to the result, and the result.
-    x, kernel, stride, pads, mode
-        As for :func:`pool`. The values of ``x`` and ``y`` matter to a maximum only.
+    dy : ndarray
+        Gradient with respect to the result.
+    winners : object
+        What the forward returned.
+    shape : tuple of int
+        Of ``x``.
+    kernel, stride, pads, mode
+        As for :func:`pool`.
     """
-    xp = namespace(x)
-    w = Windows(x.shape[1:-1], kernel, stride, pads, 1)
-    if mode == "max" and any(map(any, pads)) and x.size:
-        # Zeros that take part, and may win: put there to be found.
-        inner = (slice(None), *(slice(p[0], p[0] + n) for n, p in zip(w.size, pads, strict=True)))
-        sizes = (n + sum(p) for n, p in zip(w.size, pads, strict=True))
-        padded = xp.zeros((x.shape[0], *sizes, x.shape[-1]), x.dtype)
-        padded[inner] = x
-        return pool_grad(dy, padded, y, kernel, stride, ((0, 0),) * len(pads), mode)[inner]
-    dx = xp.empty(x.shape, dy.dtype)
+    dx = namespace(dy).empty(shape, dy.dtype)
     if not dx.size:
         return dx
+    w = Windows(shape[1:-1], kernel, stride, pads, 1)
     if mode == "max":
-        _max_grad(dy, x, y, dx, w)
+        max_grad_by_codes(dy, winners, dx, w)
     else:
         windowed.mean_grad(dy, dx, w, "zeros")
     return dx
-
-
-def _max_grad(dy: Array, x: Array, y: Array | None, dx: Array, w: Windows) -> None:
-    """Write the gradient of a maximum, whose cells are to be found again."""
-    if namespace(x) is np and any(k > s for k, s in zip(w.kernel, w.stride, strict=True)):
-        pooling_max.max_grad(dy, _largest(x, dy.shape, w)[1], dx)
-        return
-    if y is None:
-        y = namespace(x).empty(dy.shape, x.dtype)
-        windowed.pool(x, y, w, "max", "outside")
-    pooling_max.max_grad_by_taps(dy, x, y, dx, w)
 
 
 def _largest(x: Array, shape: _Shape, w: Windows) -> tuple[Array, Array]:
@@ -233,7 +230,7 @@ def max_backward(
                 where.kind == "cpu" or not settings.is_deterministic()
             )
             if not scattered:
-                _max_grad(dy, x, None, dx, w)
+                max_grad_by_values(dy, x, dx, w)
             else:
                 pooling_max.max_grad(dy, indices, dx)
     return dx

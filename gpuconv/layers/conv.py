@@ -127,7 +127,8 @@ class _Convolution(LayerBase):
         stride, dilation, padding = self._geometry(X.shape)
         activation: Activation | None = self.act_fn
         if not self.act_fn.invertible:
-            dy, activation = dy * self.act_fn.grad(self.derived_variables["Z"][index]), None
+            dy = self.act_fn.backward(dy, self.derived_variables["Z"][index])
+            activation = None
         dx, dw, db = F.conv2d_backward(
             self._planes(dy),
             self._planes(X),

@@ -182,9 +182,9 @@ class Deconv2D(LayerBase):
         if isinstance(self.act_fn, Identity):
             dZ = dy
         elif self.act_fn.invertible:
-            dZ = dy * self.act_fn.grad_from_output(self._outputs[index])
+            dZ = self.act_fn.backward(dy, y=self._outputs[index])
         else:
-            dZ = dy * self.act_fn.grad(self.derived_variables["Z"][index])
+            dZ = self.act_fn.backward(dy, self.derived_variables["Z"][index])
         dX = F.conv2d(dZ, weights, **options) if input_grad else None
         if not needs_params:
             return dX, {}

@@ -179,7 +179,7 @@ class _Merge(LayerBase):
         """Return the gradient in front of the activation; it may be ``dy`` itself."""
         if isinstance(self.act_fn, Identity):
             return dy
-        return dy * self.act_fn.grad(self.derived_variables[self._derived][index])
+        return self.act_fn.backward(dy, self.derived_variables[self._derived][index])
 
 
 class Add(_Merge):

@@ -56,7 +56,7 @@ class Pool2D(LayerBase):
         given = {"kernel_shape": kernel_shape, "stride": stride, "pad": pad, "mode": mode}
         for name, value in self._settings(given).items():
             setattr(self, name, value)
-        self._outputs: list[Array] = []
+        self._winners: list[Any] = []
 
     def _settings(self, values: dict[str, Any]) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -92,7 +92,7 @@ class Pool2D(LayerBase):
         }
 
     def _no_derived(self) -> dict[str, Any]:
-        self._outputs = []
+        self._winners = []
         return {"out_rows": [], "out_cols": []}
 
     def _geometry(self, shape: Shape) -> tuple[Shape, Shape, Pads]:
@@ -119,9 +119,9 @@ class Pool2D(LayerBase):
         self.in_ch = self.out_ch = shape[3]
 
     def _forward(self, X: Array, retain: bool) -> Array:
-        Y = pool(X, *self._geometry(X.shape), self.mode)
+        Y, winners = pool(X, *self._geometry(X.shape), self.mode, retain)
         if retain:
-            self._outputs.append(Y)
+            self._winners.append(winners)
             self.derived_variables["out_rows"].append(Y.shape[1])
             self.derived_variables["out_cols"].append(Y.shape[2])
         return Y
@@ -131,5 +131,6 @@ class Pool2D(LayerBase):
     ) -> tuple[Array | None, dict[str, Array]]:
         if not input_grad:
             return None, {}
-        X, Y = self.X[index], self._outputs[index]
-        return pool_grad(dy, X, Y, *self._geometry(X.shape), self.mode), {}
+        shape = self.X[index].shape
+        winners = self._winners[index]
+        return pool_grad(dy, winners, shape, *self._geometry(shape), self.mode), {}

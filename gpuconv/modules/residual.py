@@ -155,9 +155,7 @@ class ResidualBlock(ModuleBase):
                 f"dLdy holds {len(dLdy)} gradients; expected {len(self._outputs)}, one for each "
                 "forward pass retained since the last update"
             )
-        sums = [
-            dy * self.act_fn.grad_from_output(Y) for dy, Y in zip(dLdy, self._outputs, strict=True)
-        ]
+        sums = [self.act_fn.backward(dy, y=Y) for dy, Y in zip(dLdy, self._outputs, strict=True)]
         d_conv2 = self._through(self.batchnorm2, sums, retain_grads)
         d_bn1 = self._through(self.conv2, d_conv2, retain_grads)
         d_conv1 = self._through(self.batchnorm1, d_bn1, retain_grads)
