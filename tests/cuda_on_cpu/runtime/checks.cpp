@@ -147,6 +147,9 @@ void record(Watched& w, uintptr_t address, size_t size, Way way, unsigned code) 
   const Access now = {thread_now.block, thread_now.epoch, (unsigned short)thread_now.thread,
                       thread_now.warp_epochs[thread_now.thread], code};
   (way == READ ? w.read : w.written) += size;
+  const unsigned shift = w.region.shift;
+  const size_t records = ((address + size - 1 - w.region.start) >> shift) -
+                         ((address - w.region.start) >> shift) + 1;
   each_record(w, address, size, [&](Record& r) {
     if (r.copy.epoch && r.copy.block == now.block) {
       char place[256], first[128], second[128];
@@ -185,7 +188,7 @@ void record(Watched& w, uintptr_t address, size_t size, Way way, unsigned code) 
     } else {
       const bool known = (r.read.epoch && r.read.block == now.block) ||
                          (r.other_read.epoch && r.other_read.block == now.block);
-      if (!known) w.fresh += size / (last - first + 1);
+      if (!known) w.fresh += size / records;
       // A reader that is ordered before this one gives up its place: what races with it races
       // with this one.
       const bool second = now.thread == r.other_read.thread && now.block == r.other_read.block;
