@@ -43,9 +43,9 @@ def environment(threads: int, base: Mapping[str, str] | None = None) -> dict[str
     return made
 
 
-def _without_extras(peer: str) -> dict[str, str]:
-    """Return what keeps gpuconv to NumPy alone, unless the peer is an extra's engine."""
-    return {} if "numba" in peer else {"GPUCONV_NUMBA": "0"}
+def _extras(peer: str, compiled: bool) -> dict[str, str]:
+    """Return what keeps gpuconv to NumPy alone, unless its compiled engines are asked for."""
+    return {"GPUCONV_NUMBA": "1" if compiled or "numba" in peer else "0"}
 
 
 @contextmanager
@@ -77,9 +77,18 @@ class Child:
         For the peer.
     module : str
         What is run.
+    compiled : bool
+        Whether gpuconv may choose its compiled engines.
     """
 
-    def __init__(self, peer: str, threads: int, module: str = "benchmarks.worker") -> None:
+    def __init__(
+        self,
+        peer: str,
+        threads: int,
+        module: str = "benchmarks.worker",
+        *,
+        compiled: bool = False,
+    ) -> None:
         self.peer = peer
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
@@ -89,7 +98,7 @@ class Child:
             stderr=self._log,
             text=True,
             encoding="utf-8",
-            env={**environment(threads), **_without_extras(peer)},
+            env={**environment(threads), **_extras(peer, compiled)},
         )
         self._answers: queue.Queue[str | None] = queue.Queue()
         self._reader = threading.Thread(target=self._read, daemon=True)

@@ -7,6 +7,7 @@ import platform
 import re
 import subprocess
 import time
+from collections.abc import Mapping
 from typing import Any
 
 __all__ = ["busy", "describe", "slug"]
@@ -36,6 +37,11 @@ def busy(seconds: float = 0.2) -> float | None:
         return None
     at_work, total = after[0] - before[0], after[1] - before[1]
     return (os.cpu_count() or 1) * at_work / max(1, total)
+
+
+def compiled_stem(result: Mapping[str, Any]) -> str:
+    """Return what tells results with compiled engines from those of NumPy alone."""
+    return "-numba" if result["options"].get("compiled") else ""
 
 
 def slug(machine: dict[str, Any]) -> str:

@@ -51,6 +51,8 @@ class NetOptions:
         Turns of every peer.
     check : int
         Steps before, whose losses are compared.
+    compiled : bool
+        Whether gpuconv may choose the engines of its extra ``numba``.
     """
 
     threads: int = 1
@@ -60,7 +62,11 @@ class NetOptions:
     steps: int = 50
     rounds: int = 5
     check: int = 10
+    compiled: bool = False
     say: Callable[[str], None] = field(default=lambda text: None, compare=False)
+
+
+_RECORDED = ("threads", "batch", "side", "channels", "steps", "rounds", "check", "compiled")
 
 
 def initial(options: NetOptions, seed: int = 0) -> dict[str, np.ndarray[Any, Any]]:
@@ -125,10 +131,7 @@ def run(options: NetOptions) -> dict[str, Any]:
         "schema": 1,
         "date": date.isoformat(timespec="seconds"),
         "machine": place,
-        "options": {
-            name: getattr(options, name)
-            for name in ("threads", "batch", "side", "channels", "steps", "rounds", "check")
-        },
+        "options": {name: getattr(options, name) for name in _RECORDED},
         "peers": about,
         "net": {name: _outcome(entry, found) for name, entry in found.items()},
     }
@@ -142,7 +145,9 @@ def _start(
     file = folder / "start.npz"
     np.savez(file, **initial(options))  # type: ignore[arg-type]
     started = {
-        name: stack.enter_context(Child(name, options.threads, "benchmarks.net_worker"))
+        name: stack.enter_context(
+            Child(name, options.threads, "benchmarks.net_worker", compiled=options.compiled)
+        )
         for name in ("gpuconv", "torch:NCHW", "torch:NHWC")
     }
     children, about = {}, {}
@@ -244,7 +249,7 @@ def markdown(result: dict[str, Any]) -> str:
 def write(result: dict[str, Any], folder: Path) -> list[Path]:
     """Write ``<cpu>-net.json`` and ``<cpu>-net.md`` into ``folder``; return both."""
     folder.mkdir(parents=True, exist_ok=True)
-    stem = machine.slug(result["machine"]) + "-net"
+    stem = machine.slug(result["machine"]) + machine.compiled_stem(result) + "-net"
     files = [folder / f"{stem}.json", folder / f"{stem}.md"]
     files[0].write_text(report.to_json(result) + "\n", encoding="utf-8")
     files[1].write_text(markdown(result), encoding="utf-8")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import layers
-from benchmarks.machine import slug
+from benchmarks.machine import compiled_stem, slug
 from benchmarks.net import best_torch
 from benchmarks.report import PASS_TITLES, memory, number, overhead, summary
 
@@ -22,11 +22,12 @@ def readme_section(result: dict[str, Any], net: dict[str, Any] | None, folder: s
     versions = {n: v for f in result["peers"].values() for n, v in f.get("versions", {}).items()}
     torch = f"PyTorch {versions['torch']}, " if "torch" in versions else ""
     lines = [
-        f"On the CPU, {result['date'][:10]}: {machine['cpu']}, {options['threads']} threads, NumPy "
+        ("**With the extra `numba`**" if options.get("compiled") else "**With NumPy alone**")
+        + f" on the CPU, {result['date'][:10]}: {machine['cpu']}, {options['threads']} threads, NumPy "
         f"{versions.get('numpy', '')}, {torch}each peer in its own process, in turn. A number is a "
         "peer's time over gpuconv's (above 1, gpuconv is the faster): the geometric mean over the "
         "layers, in brackets the least. "
-        f"[All layers]({folder}/{slug(machine)}.md).",
+        f"[All layers]({folder}/{slug(machine)}{compiled_stem(result)}.md).",
         "",
     ]
     for dtype in options["dtypes"]:
@@ -79,7 +80,7 @@ def update_readme(readme: Path, results: Path) -> bool:
     for result in whole:
         if "rows" not in result:
             continue  # a GPU's check
-        nets = results / f"{slug(result['machine'])}-net.json"
+        nets = results / f"{slug(result['machine'])}{compiled_stem(result)}-net.json"
         net = json.loads(nets.read_text(encoding="utf-8")) if nets.exists() else None
         sections.append(readme_section(result, net, folder))
         others = results / f"{slug(result['machine'])}-layers.json"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import slug
+from benchmarks.machine import compiled_stem, slug
 from benchmarks.peers import label
 from benchmarks.suite import CLASSES
 from gpuconv.profiling.table import of_floor, rate
@@ -181,6 +181,9 @@ def _head(result: dict[str, Any]) -> str:
         f"- {', '.join(f'{n} {v}' for n, v in versions.items())}; NumPy's BLAS: "
         f"{blas.get('internal_api', 'unknown')} {blas.get('version', '')} "
         f"({blas.get('architecture', '')})",
+        "- gpuconv with the extra `numba`: the engines that it compiles are chosen where they win"
+        if options.get("compiled")
+        else "- gpuconv with NumPy alone",
         f"- measured in the same run: matrix product {peak}; copy "
         f"{machine['bandwidth_bytes'] / 1e9:.1f} GB/s, read plus written",
     ]
@@ -392,7 +395,7 @@ def write(
     The names carry the dtypes where they are not float32 alone.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    stem = slug(result["machine"])
+    stem = slug(result["machine"]) + compiled_stem(result)
     if result["options"]["dtypes"] != ["float32"]:
         stem += "-" + "-".join(result["options"]["dtypes"])
     text = markdown(result)

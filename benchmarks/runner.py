@@ -68,6 +68,8 @@ class Options:
         Whether to measure gpuconv's memory.
     scaling : str or None
         Name of the shape whose time is fitted against batch and image size.
+    compiled : bool
+        Whether gpuconv may choose the engines of its extra ``numba``.
     """
 
     shapes: list[Shape]
@@ -79,6 +81,7 @@ class Options:
     seconds: float = 0.4
     memory: bool = True
     scaling: str | None = None
+    compiled: bool = False
     say: Callable[[str], None] = field(default=lambda text: None, compare=False)
 
 
@@ -162,7 +165,9 @@ class Runner:
                 self._children[name] = child
 
     def _start(self, peer: str) -> Child:
-        return self._stack.enter_context(Child(peer, self.options.threads))
+        return self._stack.enter_context(
+            Child(peer, self.options.threads, compiled=self.options.compiled)
+        )
 
     def result(self) -> dict[str, Any]:
         """Measure everything."""
@@ -203,6 +208,7 @@ class Runner:
                 "threads": options.threads,
                 "repeat": options.repeat,
                 "seconds": options.seconds,
+                "compiled": options.compiled,
             },
             "peers": self.about,
             "rows": rows,
@@ -303,7 +309,7 @@ class Runner:
     def _memory(self, pass_: str, case: dict[str, Any]) -> dict[str, Any]:
         """Return what gpuconv allocates in a process that has computed nothing before."""
         try:
-            with Child("gpuconv", self.options.threads) as child:
+            with Child("gpuconv", self.options.threads, compiled=self.options.compiled) as child:
                 child.ask("load", timeout=TIMEOUT, **case)
                 return child.ask("memory", pass_=pass_)
         except ChildError as error:

@@ -55,6 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="for each peer, layer and pass, over all rounds (0.4)",
     )
+    add(
+        "--compiled",
+        action="store_true",
+        help="let gpuconv choose the engines of its extra numba; NumPy alone at first",
+    )
     add("--scaling", action="store_true", help="also fit the time against batch and image size")
     add("--no-memory", action="store_true", help="do not measure gpuconv's peak memory")
     add("--no-plots", action="store_true", help="write no plots")
@@ -95,7 +100,11 @@ def main(args: argparse.Namespace) -> int:
     threads = get_num_threads() if args.threads is None else args.threads
     try:
         if args.net:
-            trained = net.run(net.NetOptions(threads=threads, rounds=args.repeat, say=_say))
+            trained = net.run(
+                net.NetOptions(
+                    threads=threads, rounds=args.repeat, compiled=args.compiled, say=_say
+                )
+            )
             print(report.to_json(trained) if args.json else net.markdown(trained))
             for file in net.write(trained, args.out) if args.out else []:
                 _say(f"wrote {file}")
@@ -127,6 +136,7 @@ def main(args: argparse.Namespace) -> int:
             seconds=args.seconds,
             memory=not args.no_memory,
             scaling=_reference(chosen) if args.scaling else None,
+            compiled=args.compiled,
             say=_say,
         )
         runner.check(options)
