@@ -73,6 +73,7 @@ CASES = [
     ranked("1d", (2, 9, 3), (3, 3, 4), padding=1, activation="ReLU"),
     ranked("1d-causal", (2, 8, 4), (3, 2, 6), padding="causal", dilation=2, groups=2),
     ranked("1d-first-strided", (2, 11, 4), (4, 4, 3), stride=2, padding=((2, 1),), first=True),
+    ranked("1d-each-to-itself", (2, 11, 6), (3, 1, 6), groups=6, padding=1, activation="ReLU"),
     ranked("1d-depthwise", (2, 9, 4), (3, 1, 8), groups=4, stride=2, activation="Tanh"),
     ranked("1d-transposed", (2, 5, 3), (3, 3, 4), stride=2, padding=1, output_padding=1,
            activation="ReLU", transposed=True),
