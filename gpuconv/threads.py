@@ -84,6 +84,19 @@ def shares(count: int, workers: int) -> list[range]:
     return [range(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
 
 
+def _marked(work: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Return the work, during which :func:`inside` is true."""
+
+    def call(argument: Any) -> None:
+        before, _local.inside = inside(), True
+        try:
+            work(argument)
+        finally:
+            _local.inside = before
+
+    return call
+
+
 def run(work: Callable[[int], None], workers: int) -> None:
     """Call ``work(0)`` to ``work(workers - 1)``, at the same time, and wait for all.
 
@@ -95,14 +108,7 @@ def run(work: Callable[[int], None], workers: int) -> None:
             work(k)
         return
     pool = _executor(workers - 1)
-
-    def marked(k: int) -> None:
-        before, _local.inside = inside(), True
-        try:
-            work(k)
-        finally:
-            _local.inside = before
-
+    marked = _marked(work)
     futures = [pool.submit(marked, k) for k in range(1, workers)]
     try:
         marked(0)
@@ -124,9 +130,10 @@ def together(work: Callable[[bool], None], workers: int, done: Callable[[], bool
         work(True)
         return
     pool = _executor(workers - 1)
-    futures = [pool.submit(work, False) for _ in range(1, workers)]
+    marked = _marked(work)
+    futures = [pool.submit(marked, False) for _ in range(1, workers)]
     try:
-        work(True)
+        marked(True)
     finally:
         late = [f for f in futures if not f.cancel()]
         errors = [] if done() else [f.exception() for f in late]

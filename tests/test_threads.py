@@ -66,3 +66,23 @@ def test_a_forked_child_computes() -> None:
         except BaseException:
             os._exit(2)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_work_inside_a_workers_work_waits_for_no_thread() -> None:
+    """The pool has a thread for each core but one: work that needed another would wait for ever."""
+    found: list[int] = []
+
+    def outer(k: int) -> None:
+        assert threads.inside()
+        threads.run(lambda n: found.append(10 * k + n), 2)
+
+    gpuconv.set_num_threads(2)
+    try:
+        threads.run(outer, 2)
+        assert sorted(found) == [0, 1, 10, 11]
+        found.clear()
+        threads.together(lambda here: outer(int(here)), 2, lambda: len(found) == 4)
+        assert {10, 11} <= set(found)
+        assert not threads.inside()
+    finally:
+        gpuconv.set_num_threads(None)
