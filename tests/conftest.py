@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
-from collections import defaultdict
 from pathlib import Path
 
 import pytest
+
+from tests.nvrtc import Row, summary, whole
 
 # Not the user's own: a tuned choice there would decide what the tests run.
 os.environ["GPUCONV_CACHE_DIR"] = str(
@@ -15,24 +17,34 @@ os.environ["GPUCONV_CACHE_DIR"] = str(
 )
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print registers and spills of the kernels, as tests/test_cuda_compile.py found them."""
-    cells: dict[str, dict[int, tuple[int, int]]] = defaultdict(dict)
-    for report in terminalreporter.getreports("passed"):
-        for name, value in report.user_properties:
-            if name == "ptxas" and report.when == "call":
-                row, architecture, registers, spilled = value
-                old = cells[row].get(architecture, (0, 0))
-                cells[row][architecture] = (max(old[0], registers), max(old[1], spilled))
-    if not cells:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--ptxas", metavar="FILE",
+        help="compile every variant for every architecture; write the table as .csv or .md",
+    )  # fmt: skip
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """Print what the kernels take, as tests/test_cuda_compile.py found it."""
+    found = [
+        Row(**json.loads(str(value)))
+        for report in terminalreporter.getreports("passed")
+        for name, value in report.user_properties
+        if name == "ptxas" and report.when == "call"
+    ]
+    if not found:
         return
-    columns = sorted({a for row in cells.values() for a in row})
-    width = max(map(len, cells))
-    terminalreporter.section("registers a thread (+ bytes spilled), the most of all variants")
-    terminalreporter.write_line(" " * width + "".join(f"{f'sm_{a}':>9}" for a in columns))
-    for row, found in sorted(cells.items()):
-        texts = []
-        for architecture in columns:
-            registers, spilled = found.get(architecture, (0, 0))
-            texts.append(f"{registers}+{spilled}" if spilled else str(registers or "-"))
-        terminalreporter.write_line(f"{row:{width}}" + "".join(f"{t:>9}" for t in texts))
+    terminalreporter.section(
+        "by ptxas: registers a thread (+ bytes spilled) / percent of an SM's warps resident"
+    )
+    for line in summary(found):
+        terminalreporter.write_line(line)
+    place = config.getoption("--ptxas")
+    if place:
+        file = Path(place)
+        temporary = file.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(whole(found, file.suffix == ".md"), encoding="utf-8")
+        temporary.replace(file)
+        terminalreporter.write_line(f"wrote {file}")

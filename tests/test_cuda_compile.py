@@ -1,105 +1,42 @@
-"""NVRTC compiles every variant of every kernel for every architecture; no driver is needed.
+"""NVRTC compiles every kernel for every architecture; no driver is needed.
 
-The compiler comes from the wheels nvidia-cuda-nvrtc-cu12 and nvidia-cuda-runtime-cu12 (headers).
-Registers and spills, as ptxas reports them, end up in a table behind the results.
+Every set of kernels is compiled for all architectures, every variant for two of them at least
+(``tests/nvrtc.py`` tells the rule). Registers, spills, shared memory and the occupancy that
+follows end up in a table behind the results; ``--ptxas FILE.csv`` (or ``.md``) compiles every
+variant for every architecture and writes all of it.
 """
 
 from __future__ import annotations
 
-import ctypes
-import importlib.util
-import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
 
 import pytest
 
 from gpuconv.cuda import kernels
 from gpuconv.cuda.kernels import Variant
 from gpuconv.cuda.tensor_tiles import TILES
+from tests.nvrtc import (
+    ARCHITECTURES,
+    Nvrtc,
+    Row,
+    Usage,
+    find,
+    plan,
+    remarks,
+    rows,
+    summary,
+    usages,
+    whole,
+)
 
-ARCHITECTURES = [70, 75, 80, 86, 89, 90, 100, 120]
 VARIANTS = list(kernels.variants())
-#: What CuPy adds to the options of a RawModule. The first flushes float32's subnormals to zero.
-CUPYS = ("-ftz=true", "--device-as-default-execution-space")
 #: Bytes that the readable reference may spill, in the variants that hold offsets in 64 bits or
 #: run over three axes.
 MOST_SPILLED = 64
-
-
-@dataclass(frozen=True)
-class Usage:
-    """What ptxas says of one kernel."""
-
-    kernel: str
-    registers: int
-    spilled: int  # bytes stored and loaded
-
-
-class Nvrtc:
-    """The compiler, through its C interface."""
-
-    def __init__(self, library: Path, include: Path) -> None:
-        self._library = ctypes.CDLL(str(library))
-        self._include = include
-
-    def _text(self, program: ctypes.c_void_p, what: str) -> bytes:
-        size = ctypes.c_size_t()
-        getattr(self._library, f"nvrtcGet{what}Size")(program, ctypes.byref(size))
-        buffer = ctypes.create_string_buffer(max(1, size.value))
-        getattr(self._library, f"nvrtcGet{what}")(program, buffer)
-        return buffer.raw[: size.value]
-
-    def architectures(self) -> list[int]:
-        count = ctypes.c_int()
-        self._library.nvrtcGetNumSupportedArchs(ctypes.byref(count))
-        found = (ctypes.c_int * count.value)()
-        self._library.nvrtcGetSupportedArchs(found)
-        return list(found)
-
-    def compile(
-        self, source: str, name: str, options: tuple[str, ...], architecture: int
-    ) -> tuple[int, str, bytes]:
-        """Return the status (0: well), the log and the binary for the architecture."""
-        program = ctypes.c_void_p()
-        self._library.nvrtcCreateProgram(
-            ctypes.byref(program), source.encode(), name.encode(), 0, None, None
-        )
-        flags = [*options, f"-arch=sm_{architecture}", f"-I{self._include}", *CUPYS, "-Xptxas=-v"]
-        array = (ctypes.c_char_p * len(flags))(*(f.encode() for f in flags))
-        status = self._library.nvrtcCompileProgram(program, len(flags), array)
-        log = self._text(program, "ProgramLog").rstrip(b"\0").decode()
-        binary = b"" if status else self._text(program, "CUBIN")
-        self._library.nvrtcDestroyProgram(ctypes.byref(program))
-        return status, log, binary
-
-
-def folder(module: str) -> Path | None:
-    try:
-        spec = importlib.util.find_spec(module)
-    except ModuleNotFoundError:
-        return None
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    return Path(next(iter(spec.submodule_search_locations)))
-
-
-@cache
-def find() -> Nvrtc | str:
-    """Return the compiler, or why there is none."""
-    compiler, runtime = folder("nvidia.cuda_nvrtc"), folder("nvidia.cuda_runtime")
-    if compiler is None:
-        return "the wheel nvidia-cuda-nvrtc-cu12 is not installed"
-    if runtime is None or not (runtime / "include" / "cuda_fp16.h").is_file():
-        return "the wheel nvidia-cuda-runtime-cu12, with the headers, is not installed"
-    for library in sorted((compiler / "lib").glob("libnvrtc.so*")):
-        try:
-            return Nvrtc(library, runtime / "include")
-        except OSError as error:
-            return f"NVRTC does not load: {error}"
-    return "the wheel nvidia-cuda-nvrtc-cu12 holds no library"
+#: Into which each architecture's work is cut, to share the cores.
+PARTS = 2
 
 
 @pytest.fixture
@@ -110,20 +47,6 @@ def nvrtc() -> Nvrtc:
     return found
 
 
-def usages(log: str) -> Iterator[Usage]:
-    for part in log.split("Compiling entry function '")[1:]:
-        spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", part)
-        registers = re.search(r"Used (\d+) registers", part)
-        assert spills, part
-        assert registers, part
-        yield Usage(part.split("'")[0], int(registers[1]), int(spills[1]) + int(spills[2]))
-
-
-def remarks(log: str) -> list[str]:
-    """Return the warnings; that an architecture is old is none."""
-    return [line for line in log.splitlines() if "warning" in line and "deprecated" not in line]
-
-
 def kind(variant: Variant) -> str:
     """Return what tells a variant's table row from another's."""
     defines = dict(variant.defines)
@@ -132,13 +55,19 @@ def kind(variant: Variant) -> str:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("half", [0, 1], ids=["first-half", "second-half"])  # to share the cores
+@pytest.mark.parametrize("part", range(PARTS), ids=lambda i: f"part-{i + 1}")
 def test_every_variant_compiles(
-    nvrtc: Nvrtc, architecture: int, half: int, record_property: Callable[[str, object], None]
+    nvrtc: Nvrtc,
+    architecture: int,
+    part: int,
+    record_property: Callable[[str, object], None],
+    pytestconfig: pytest.Config,
 ) -> None:
     if architecture not in nvrtc.architectures():
         pytest.skip(f"this NVRTC does not know sm_{architecture}")
-    for variant in (v for v in VARIANTS[half::2] if v.capability <= architecture):
+    every = pytestconfig.getoption("--ptxas", default=None) is not None
+    mine = [v for v, a in plan(VARIANTS, every) if a == architecture]
+    for variant in mine[part::PARTS]:
         status, log, binary = nvrtc.compile(
             variant.source, variant.file, variant.options, architecture
         )
@@ -146,14 +75,37 @@ def test_every_variant_compiles(
         assert remarks(log) == [], variant.options
         for name in variant.functions:
             assert name.encode() in binary
-        found = list(usages(log))
+        found = list(usages(log, binary))
         assert {u.kernel for u in found} == set(variant.functions)
         defines = dict(variant.defines)
         wide = "INDEX_64" in defines or defines.get("NDIM") == "3"
+        readable = variant.file == "conv_atomic.cu"
         for usage in found:
-            assert usage.spilled <= (MOST_SPILLED if wide else 0), (variant.options, usage)
-            row = f"{usage.kernel}  {kind(variant)}"
-            record_property("ptxas", (row, architecture, usage.registers, usage.spilled))
+            allowed = MOST_SPILLED if wide and readable else 0
+            assert usage.spilled <= allowed, (variant.options, usage)
+        for row in rows(variant, architecture, found):
+            assert row.blocks > 0, row
+            record_property("ptxas", json.dumps(asdict(row)))
+
+
+def test_every_variant_has_two_architectures_and_every_kernel_has_all() -> None:
+    planned = plan(VARIANTS)
+    for variant in VARIANTS:
+        mine = [a for v, a in planned if v == variant]
+        fit = [a for a in ARCHITECTURES if a >= variant.capability]
+        assert len(mine) == len(set(mine)) >= min(2, len(fit))
+        for name in variant.functions:
+            holders = [v for v in VARIANTS if name in v.functions]
+            reached = {a for v, a in planned if name in v.functions}
+            assert reached >= {a for a in ARCHITECTURES if a >= min(v.capability for v in holders)}
+    assert len(plan(VARIANTS, every=True)) == sum(
+        a >= v.capability for v in VARIANTS for a in ARCHITECTURES
+    )
+
+
+def test_a_variant_that_no_architecture_can_run() -> None:
+    with pytest.raises(ValueError, match="no architecture has what"):
+        plan([replace(VARIANTS[0], capability=999)])
 
 
 def test_the_variants_hold_every_kernel_dtype_layout_index_and_activation() -> None:
@@ -237,8 +189,56 @@ def test_spills_are_seen(nvrtc: Nvrtc) -> None:
         for (int i = 0; i < 64; i++) v[i] = v[i] * v[(i + 7) % 64] + x[k];
       for (int i = 0; i < 64; i++) y[threadIdx.x * 64 + i] = v[i];
     }"""
-    status, log, _ = nvrtc.compile(source, "spills.cu", ("-std=c++17",), 80)
+    status, log, binary = nvrtc.compile(source, "spills.cu", ("-std=c++17",), 80)
     assert status == 0, log
-    (usage,) = usages(log)
+    (usage,) = usages(log, binary)
     assert usage.spilled > 0
     assert usage.registers <= 32
+    assert usage.threads == 1024
+
+
+def test_shared_memory_threads_and_occupancy_are_seen(nvrtc: Nvrtc) -> None:
+    """A block of 128 threads with 48 KiB: four fit the 228 KiB of 9.0, three the 164 of 8.0."""
+    source = """
+    extern "C" __global__ void __launch_bounds__(128) f(float* y) {
+      __shared__ float s[8192];
+      s[threadIdx.x] = y[threadIdx.x];
+      __syncthreads();
+      y[threadIdx.x] = s[127 - threadIdx.x];
+    }"""
+    variant = Variant("f.cu", "float32", (("A", "1"),), ("f",), shared_bytes=16384)
+    found = {}
+    for architecture in (75, 80, 90):
+        status, log, binary = nvrtc.compile(source, "f.cu", ("-std=c++17",), architecture)
+        assert status == 0, log
+        (usage,) = usages(log, binary)
+        assert (usage.threads, usage.shared, usage.spilled) == (128, 32768, 0)
+        (found[architecture],) = rows(variant, architecture, [usage])
+    assert [r.shared for r in found.values()] == [49152] * 3
+    assert {a: r.blocks for a, r in found.items()} == {75: 1, 80: 3, 90: 4}
+    assert [r.occupancy for r in found.values()] == [4 / 32, 12 / 64, 16 / 64]
+    lines = summary(found.values())
+    assert lines[0].split()[-3:] == ["sm_75", "sm_80", "sm_90"]
+    assert lines[1].split()[:4] == ["f", "1", "128", "48"]
+    assert [c.split()[0] for c in lines[1].split(" / ")[1:]] == ["12", "19", "25"]
+
+
+def test_the_table_shows_the_range_over_variants() -> None:
+    usage = Usage("k", 40, 0, 1024, 256)
+    variants = [Variant("k.cu", "float32", (("N", str(n)),), ("k",)) for n in range(3)]
+    found = [
+        row
+        for n, v in enumerate(variants)
+        for row in rows(v, 80, [replace(usage, registers=40 + 40 * n, spilled=8 * (n == 2))])
+    ]
+    assert summary(found)[1].split() == ["k", "3", "256", "1", "40-120+8", "/", "25-75"]
+    assert summary([]) == []
+    text = whole(found, markdown=False).splitlines()
+    assert text[0] == ",".join(Row.__dataclass_fields__)
+    assert text[1:] == [
+        f"k.cu,k,N={n},80,256,{40 + 40 * n},{8 * (n == 2)},1024,{b},{b / 8:.3f}"
+        for n, b in enumerate((6, 3, 2))
+    ]
+    table = whole(found, markdown=True).splitlines()
+    assert len(table) == 5
+    assert all(line.count("|") == 11 for line in table)
