@@ -1,4 +1,4 @@
-# make train | make test | make check | make bench | make gpu-check
+# make train | make test | make check | make mutate | make bench | make gpu-check
 # Each target sets up .venv by itself; PYTHON picks the interpreter (3.10 or later).
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Tests run on every core; the kernels' stand-in and BLAS keep to one thread a process.
 JOBS ?= auto
 
-.PHONY: train test check bench gpu-check format clean
+.PHONY: train test check mutate bench gpu-check format clean
 
 train: $(VENV)/.train
 	$(BIN)/gpuconv train digits $(ARGS)
@@ -20,6 +20,10 @@ check: $(VENV)/.check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Breaks the kernels one small change at a time; ARGS="--sample 40" looks at some of them.
+mutate: $(VENV)/.test
+	$(BIN)/python -m tests.mutation $(ARGS)
 
 bench: $(VENV)/.bench
 	env -u OPENBLAS_CORETYPE $(BIN)/gpuconv bench $(ARGS)

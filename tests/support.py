@@ -71,6 +71,7 @@ CASES = [
     case("no-bias", (1, 5, 5, 2), (3, 3, 2, 3), bias=False),
     case("one-by-one", (2, 4, 5, 6), (1, 1, 6, 5), activation="ReLU"),
     case("strided", (2, 9, 8, 3), (3, 3, 3, 4), stride=2, padding=1, activation="ReLU"),
+    case("strided-many", (1, 7, 9, 5), (3, 2, 5, 17), stride=(2, 1), padding=((1, 0), (0, 2))),
     case("stride-beyond-kernel", (1, 9, 7, 2), (1, 1, 2, 3), stride=3),
     case("stride-per-axis", (1, 9, 10, 2), (3, 2, 2, 3), stride=(3, 2), padding=(2, 0)),
     case("dilated", (1, 9, 9, 2), (3, 3, 2, 2), dilation=2, padding=2),

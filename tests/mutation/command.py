@@ -1,0 +1,221 @@
+"""Which mutants run, what is kept of them, and what is printed."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from gpuconv.cuda import kernels
+from tests.mutation import survivors
+from tests.mutation.checks import Check, checks
+from tests.mutation.rules import Mutant, mutants
+from tests.mutation.trial import Launch, Outcome, Runner, chosen, survey
+
+__all__ = ["Score", "main", "scored"]
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+KEPT = ROOT / "build" / "mutation"
+LEAST = 0.95
+
+#: What an outcome depends on beside the kernels' own text.
+_ENGINES = ("gpuconv/cuda/*.py", "gpuconv/engines/cuda*.py", "tests/cuda_on_cpu/**/*")
+_CHECKS = ("tests/mutation/checks.py", "tests/mutation/trial.py")
+
+
+def _digest(parts: Iterable[str | bytes]) -> str:
+    made = hashlib.sha256()
+    for part in parts:
+        made.update(part.encode() if isinstance(part, str) else part)
+        made.update(b"\0")
+    return made.hexdigest()[:20]
+
+
+def _contents(patterns: Sequence[str]) -> list[bytes]:
+    files = {
+        f for p in patterns for f in ROOT.glob(p) if f.is_file() and "__pycache__" not in f.parts
+    }
+    return [f.read_bytes() for f in sorted(files)]
+
+
+class Kept:
+    """What became of a file's mutants in runs before, on disk.
+
+    What was caught stays so when checks are added; what survived is tried again.
+    """
+
+    def __init__(self, file: str, sources: Sequence[str], folder: Path) -> None:
+        texts = [kernels.read(f) for f in sorted(sources)]
+        self._place = folder / f"{file}-{_digest([*texts, *_contents(_ENGINES)])}.jsonl"
+        self._checks = _digest(_contents(_CHECKS))
+
+    def read(self) -> dict[str, Outcome]:
+        """Return the outcomes by the mutants' keys."""
+        found: dict[str, Outcome] = {}
+        if self._place.exists():
+            for line in self._place.read_text(encoding="utf-8").splitlines():
+                try:
+                    row = json.loads(line)
+                except ValueError:  # cut off when the run was
+                    continue
+                outcome = Outcome(**row["outcome"])
+                if outcome.status in ("caught", "no build") or row["checks"] == self._checks:
+                    found[row["key"]] = outcome
+        return found
+
+    def add(self, mutant: Mutant, outcome: Outcome) -> None:
+        """Append one."""
+        self._place.parent.mkdir(parents=True, exist_ok=True)
+        row = {"key": mutant.key, "checks": self._checks, "outcome": asdict(outcome)}
+        with open(self._place, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+@dataclass
+class Score:
+    """The count of a file."""
+
+    file: str
+    counts: Counter[str] = field(default_factory=Counter)
+    survived: list[Mutant] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+
+    @property
+    def judged(self) -> int:
+        """Mutants that change what is computed, as far as is known."""
+        return self.counts["caught"] + self.counts["survived"]
+
+    @property
+    def share(self) -> float:
+        """Of those, the part that was caught."""
+        return self.counts["caught"] / self.judged if self.judged else 1.0
+
+    def row(self) -> str:
+        """Return a line of the table."""
+        c = self.counts
+        share = f"{100 * self.share:.1f} %" if self.judged else "-"
+        return (
+            f"{self.file:28}{self.judged:>8}{c['caught']:>8}{c['survived']:>9}{share:>9}"
+            f"{c['same code'] + c['listed']:>12}{c['unseen']:>8}{c['no build']:>10}"
+        )
+
+
+HEADER = (
+    f"{'file':28}{'changes':>8}{'caught':>8}{'survived':>9}{'score':>9}{'equivalent':>12}"
+    f"{'unseen':>8}{'no build':>10}"
+)
+
+
+def scored(
+    file: str, found: Iterable[tuple[Mutant, Outcome]], entries: Sequence[survivors.Entry]
+) -> Score:
+    """Return the score of a file; what ``survivors.toml`` lists counts as equivalent."""
+    score = Score(file)
+    for mutant, outcome in found:
+        entry = next((e for e in entries if e.fits(mutant)), None)
+        status = outcome.status
+        if status == "survived" and entry is not None:
+            status = "listed"
+        elif status == "survived":
+            score.survived.append(mutant)
+        elif status == "caught" and entry is not None:
+            score.wrong.append(
+                f"{entry}: listed as making no difference, noticed by {outcome.check}"
+            )
+        score.counts[status] += 1
+    return score
+
+
+def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.mutation", description=__doc__)
+    add = parser.add_argument
+    add("--file", action="append", metavar="NAME", help="of kernels/; may be repeated")
+    add("--sample", type=int, metavar="N", help="at most so many changes of each file")
+    add("--seed", type=int, default=0, metavar="N", help="of the sample (0)")
+    add("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="at once; one a core")
+    add("--most-checks", type=int, metavar="N", help="try each file on its first N checks only")
+    add("--least", type=float, default=LEAST, metavar="X", help=f"score to reach ({LEAST})")
+    add("--kept", type=Path, default=KEPT, metavar="DIR", help="where outcomes are kept")
+    add("--verbose", action="store_true", help="print every change with what became of it")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run; return 0 where the score is reached, 1 where not, 2 where the question is wrong."""
+    args = _arguments(arguments)
+    names = sorted(p.name for p in kernels.folder().iterdir() if p.suffix in (".cu", ".cuh"))
+    unknown = set(args.file or ()) - set(names)
+    if unknown:
+        print(
+            f"no file of kernels/ is called {', '.join(sorted(unknown))}; there are {', '.join(names)}"
+        )
+        return 2
+    pools = {n: mutants(n, (kernels.folder() / n).read_text(encoding="utf-8")) for n in names}
+    entries = survivors.load()
+    lost = survivors.unfit(entries, [m for pool in pools.values() for m in pool])
+    for entry in lost:
+        print(f"survivors.toml: nothing fits {entry}")
+    every = checks()
+    launches = survey(every)
+    scores = []
+    for name in args.file or names:
+        pool = pools[name]
+        if args.sample is not None and len(pool) > args.sample:
+            drawn = random.Random(f"{args.seed} {name}").sample(range(len(pool)), args.sample)
+            pool = [pool[i] for i in sorted(drawn)]
+        score = _file(name, pool, every, launches, entries, args)
+        scores.append(score)
+        print(f"{HEADER}\n{score.row()}" if len(scores) == 1 else score.row(), flush=True)
+    total = Score("all")
+    for score in scores:
+        total.counts += score.counts
+    print(total.row())
+    for score in scores:
+        for mutant in score.survived:
+            print(f"survived  {mutant}\n          {mutant.code}")
+        for line in score.wrong:
+            print(f"survivors.toml: {line}")
+    if lost or any(score.wrong for score in scores):
+        return 1
+    if total.share < args.least:
+        print(f"score {100 * total.share:.1f} %, below {100 * args.least:g} %")
+        return 1
+    return 0
+
+
+def _file(
+    name: str,
+    pool: Sequence[Mutant],
+    every: Sequence[Check],
+    launches: dict[str, tuple[Launch, ...]],
+    entries: Sequence[survivors.Entry],
+    args: argparse.Namespace,
+) -> Score:
+    """Try the mutants of a file, but for those that are known from before."""
+    mine = chosen(name, every, launches)[: args.most_checks]
+    sources = {name} | {
+        one.files[0] for c in every for one in launches[c.name] if name in one.files
+    }
+    kept = Kept(name, sorted(sources), args.kept)
+    # Fewer checks than all of them notice less: such outcomes are no one else's.
+    known = {} if args.most_checks else kept.read()
+    found = [(m, known[m.key]) for m in pool if m.key in known]
+    rest = [m for m in pool if m.key not in known]
+    began = time.monotonic()
+    for mutant, outcome in Runner(launches, max(1, args.jobs)).run(rest, mine):
+        found.append((mutant, outcome))
+        if not args.most_checks:
+            kept.add(mutant, outcome)
+        if args.verbose:
+            print(f"{outcome.status:9} {mutant}  [{outcome.check} {outcome.how}]", flush=True)
+        elif time.monotonic() - began > 30:
+            began = time.monotonic()
+            print(f"  {name}: {len(found)} of {len(pool)}", flush=True)
+    return scored(name, found, entries)

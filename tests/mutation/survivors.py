@@ -1,0 +1,67 @@
+"""``survivors.toml``: changes that no check can notice, each with the reason.
+
+An entry names the file, the line's text and the change as it is printed, so that it survives
+edits elsewhere. An entry that fits no change of its file is an error, and so is one whose change
+was noticed.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.mutation.rules import Mutant
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = ["FILE", "Entry", "load", "unfit"]
+
+FILE = Path(__file__).with_name("survivors.toml")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A change that makes no difference."""
+
+    file: str
+    code: str
+    change: str
+    reason: str
+
+    def fits(self, mutant: Mutant) -> bool:
+        """Return whether this is the change."""
+        return (self.file, self.code, self.change) == (mutant.file, mutant.code, mutant.change)
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.change} in {self.code!r}"
+
+
+def load(file: Path = FILE) -> list[Entry]:
+    """Read the entries.
+
+    Raises
+    ------
+    ValueError
+        If one is not as it should be.
+    """
+    if not file.exists():
+        return []
+    with open(file, "rb") as stream:
+        found = tomllib.load(stream).get("survivor", [])
+    entries = []
+    for one in found:
+        if set(one) != {"file", "code", "change", "reason"} or len(one["reason"].split()) < 3:
+            raise ValueError(f"{file.name}: file, code, change and a reason are needed: {one}")
+        entries.append(Entry(**one))
+    return entries
+
+
+def unfit(entries: Iterable[Entry], mutants: Iterable[Mutant]) -> list[Entry]:
+    """Return the entries that fit none of the mutants."""
+    pool = list(mutants)
+    return [e for e in entries if not any(e.fits(m) for m in pool)]
