@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks import layers
+from benchmarks import layers, predict
+from benchmarks.gpu.pages import goals_table, means_table
 from benchmarks.machine import compiled_stem, slug
 from benchmarks.net import best_torch
 from benchmarks.report import PASS_TITLES, memory, number, overhead, summary
 
-__all__ = ["readme_section", "update_readme"]
+__all__ = ["gpu_section", "readme_section", "update_readme"]
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -64,20 +65,50 @@ def _net(net: dict[str, Any]) -> str:
     )
 
 
+def gpu_section(reports: list[tuple[str, dict[str, Any]]]) -> str:
+    """Return what the README says of GPUs: of each that was checked, else that none was.
+
+    Parameters
+    ----------
+    reports : list of (str, dict)
+        Stem of the file and content of each device's check.
+    """
+    if not reports:
+        return f"On a GPU: **not measured**.\n\n{predict.section()}"
+    parts = []
+    for stem, report in reports:
+        place = report["machine"]
+        parts.append(
+            f"On {place['gpu']}, {report['date'][:10]}, driver {place['driver']}, PyTorch "
+            f"{place['versions'].get('torch')} with cuDNN {place['cudnn_of_torch']}: PyTorch's time over "
+            "ours (above 1, ours is the faster), geometric means, in brackets the least; "
+            f"[all of it](benchmarks/results/{stem}.md)."
+        )
+        parts += [means_table(report["summary"]), goals_table(report["summary"])]
+        if report["failures"]:
+            parts.append("Failed: " + "; ".join(report["failures"]))
+    return "\n\n".join(parts)
+
+
+def _between(text: str, name: str, content: str) -> str:
+    """Return the text with the content between the marks of this name."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    head, rest = text.split(begin)
+    _, tail = rest.split(end)
+    return f"{head}{begin}\n\n{content}\n\n{end}{tail}"
+
+
 def update_readme(readme: Path, results: Path) -> bool:
     """Write what the results say between the README's marks; return whether it changed."""
     text = readme.read_text(encoding="utf-8")
-    begin, end = "<!-- measured: begin -->", "<!-- measured: end -->"
-    head, rest = text.split(begin)
-    _, tail = rest.split(end)
     whole = [
-        json.loads(f.read_text(encoding="utf-8"))
+        (f.stem, json.loads(f.read_text(encoding="utf-8")))
         for f in sorted(results.glob("*.json"))
         if not f.stem.endswith(("-net", "-layers"))
     ]
     folder = results.relative_to(readme.parent).as_posix()
     sections = []
-    for result in whole:
+    for _, result in whole:
         if "rows" not in result:
             continue  # a GPU's check
         nets = results / f"{slug(result['machine'])}{compiled_stem(result)}-net.json"
@@ -90,7 +121,9 @@ def update_readme(readme: Path, results: Path) -> bool:
                 "Pooling, batch normalisation and activations, float32, PyTorch's time over "
                 f"gpuconv's:\n\n{layers.table(timed)}"
             )
-    made = f"{head}{begin}\n\n" + "\n\n".join(sections) + f"\n\n{end}{tail}"
+    checked = [(stem, r) for stem, r in whole if r.get("on_a_gpu") and "summary" in r]
+    made = _between(text, "measured", "\n\n".join(sections))
+    made = _between(made, "measured on a GPU", gpu_section(checked))
     if made != text:
         readme.write_text(made, encoding="utf-8")
     return made != text

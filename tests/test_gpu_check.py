@@ -1,26 +1,26 @@
-"""`make gpu-check` as far as it goes without a GPU."""
+"""`make gpu-check` as far as it goes without a GPU: stages, resuming, failures, files."""
 
 import json
 import os
 import subprocess
 import sys
 import time
-from contextlib import redirect_stdout
-from io import StringIO
 
 import numpy as np
 import pytest
 
 import gpuconv
-from benchmarks import cases, gpu_check, gpu_training, suite
-from benchmarks.gpu_check import RESULTS, ROOT, failures, judged, main, run_sanitizer, run_tests
+from benchmarks import gpu_training, suite
+from benchmarks.gpu import checks, command, counters, device, pages, sanitized, shapes
+from benchmarks.gpu.command import RESULTS, ROOT, failures, main
+from benchmarks.gpu.stages import Stage, State, TimeOut, run
+from gpuconv.profiling.timing import timed
 from tests.cuda_on_cpu import compiler_available, stand_in
-from tests.support import CUDA_ENGINES
 
 SUITE = """
 [[shape]]
 name = "small"
-batch = 2
+batch = 1
 input = [6, 5, 4]
 out_channels = 6
 kernel = [3, 2]
@@ -38,13 +38,16 @@ kernel = [1, 1]
 
 @pytest.fixture
 def layers(tmp_path, monkeypatch):
-    """Small layers in the place of those that are timed."""
+    """Small layers in the place of those that are timed, and a quick look at the ceilings."""
     file = tmp_path / "suite.toml"
     file.write_text(SUITE)
     found = suite.load(file)
-    monkeypatch.setattr(gpu_check.suite, "load", lambda: found)
-    monkeypatch.setattr(gpu_check, "LAYERS", tuple(s.name for s in found))
-    return found
+    monkeypatch.setattr(shapes.suite, "load", lambda: found)
+    monkeypatch.setattr(shapes, "LINES", ())
+    measure = device.ceilings
+    monkeypatch.setattr(device, "ceilings", lambda: measure(0.001, 1 << 12, 8))
+    monkeypatch.setattr(command.timing, "engines", lambda: ["cuda_atomic"])  # the others take long
+    return shapes.shapes()
 
 
 @pytest.fixture
@@ -68,6 +71,15 @@ def unchanged():
     assert files() == before
 
 
+@pytest.fixture
+def quick(tmp_path):
+    """Arguments of a run that takes little, keeps its state apart, and only times."""
+    return [
+        "--stages", "ceilings,timings,counters", "--dtypes", "float32", "--seconds", "0",
+        "--state", str(tmp_path / "state"),
+    ]  # fmt: skip
+
+
 # ------------------------------------------------------------------------------- no device
 
 
@@ -84,23 +96,118 @@ def test_without_a_device(unchanged):
     assert done.stdout == ""
 
 
-def test_the_layers_that_are_timed_exist():
-    shapes = suite.select(suite.load(), gpu_check.LAYERS)
-    assert [s.name for s in shapes] == sorted(gpu_check.LAYERS, key=[s.name for s in shapes].index)
-    assert len(shapes) == len(gpu_check.LAYERS)
-    assert not any(s.transposed for s in shapes)
+def test_the_stages_fit_into_ten_minutes():
+    chosen = command.stages([], [], 0.03)
+    assert sum(s.seconds for s in chosen) <= command.BUDGET < 600
+    assert [s.name for s in chosen] == [
+        "ceilings", "conformance", "sanitizer", "digits", "timings", "counters", "training",
+    ]  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------- the stages
+
+
+def state_at(folder, **identity):
+    return State(folder / "state.json", {"gpu": "made up", **identity})
+
+
+def test_what_is_done_is_not_done_again(tmp_path):
+    """The second stage is cut off the first time; the third fails, and is tried again."""
+    calls = []
+
+    def parts(state, limit):
+        calls.append("parts")
+        for unit in ("a", "b", "c"):
+            if unit in state.units("parts"):
+                continue
+            if unit == "c" and calls.count("parts") == 1:
+                raise TimeOut("c is left")
+            calls.append(unit)
+            state.add("parts", unit, {"found": unit})
+        return {"units": state.units("parts")}
+
+    def broken(state, limit):
+        calls.append("broken")
+        raise ZeroDivisionError("no such luck")
+
+    stages = [
+        Stage("first", 10, lambda s, t: calls.append("first") or {"passed": True}),
+        Stage("parts", 10, parts),
+        Stage("broken", 10, broken),
+        Stage("last", 10, lambda s, t: calls.append("last") or {}),
+    ]
+    said = []
+    found, undone = run(stages, state_at(tmp_path), 60, said.append)
+    assert calls == ["first", "parts", "a", "b", "broken", "last"]
+    assert undone == ["parts"]
+    assert set(found) == {"first", "broken", "last"}
+    assert found["broken"]["reason"] == "ZeroDivisionError: no such luck"
+    assert "in broken" in found["broken"]["trace"]
+    assert any("FAILED: ZeroDivisionError" in text for text in said)
+    calls.clear()
+    calls.append("parts")
+    found, undone = run(stages, state_at(tmp_path), 60, said.append)
+    assert calls == ["parts", "parts", "c", "broken"]
+    assert undone == []
+    assert found["parts"]["units"] == {u: {"found": u} for u in "abc"}
+
+
+def test_a_stage_gets_the_time_that_is_left(tmp_path):
+    limits = []
+    stages = [Stage(n, s, lambda _, t: limits.append(t) or {}) for n, s in (("a", 5), ("b", 500))]
+    assert run(stages, state_at(tmp_path), 100, str)[1] == []
+    assert limits[0] == 5
+    assert 90 < limits[1] <= 100
+    assert run(stages, state_at(tmp_path / "new"), 0, str) == ({}, ["a", "b"])
+
+
+def test_another_device_driver_or_source_begins_anew(tmp_path):
+    state = state_at(tmp_path)
+    state.finish("a", {"found": 1})
+    state.add("b", "unit", 2)
+    again = state_at(tmp_path)
+    assert again.result("a") == {"found": 1}
+    assert again.units("b") == {"unit": 2}
+    assert again.kept_from
+    other = state_at(tmp_path, sources="changed")
+    assert other.result("a") is None
+    assert other.units("b") == {}
+    again.forget()
+    assert state_at(tmp_path).result("a") is None
+
+
+def test_a_state_that_was_cut_off_is_none(tmp_path):
+    state_at(tmp_path).finish("a", {"found": 1})
+    file = tmp_path / "state.json"
+    file.write_text(file.read_text()[:-9])
+    assert state_at(tmp_path).result("a") is None
+
+
+def test_a_stop_in_the_middle_leaves_a_whole_file(tmp_path):
+    def stopped(state, limit):
+        state.add("parts", "a", 1)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run([Stage("parts", 9, stopped)], state_at(tmp_path), 60, str)
+    assert state_at(tmp_path).units("parts") == {"a": 1}
+    with pytest.raises(ValueError, match="JSON"):
+        state_at(tmp_path).finish("a", {"x": float("nan")})
+    assert [f.name for f in tmp_path.iterdir()] == ["state.json"]
+    assert state_at(tmp_path).units("parts") == {"a": 1}
 
 
 # -------------------------------------------------------------------------- with a stand-in
 
 
-def test_report(cp, layers, tmp_path, capsys, unchanged):
+def test_report(cp, layers, tmp_path, capsys, unchanged, quick):
     out = tmp_path / "out"
-    arguments = ["--skip-suite", "--seconds", "0.001", "--out", str(out)]
-    assert main(arguments) == 0
-    (file,) = out.iterdir()
-    assert file.name == "cpu-in-the-place-of-a-gpu.json"
-    report = json.loads(file.read_text())
+    assert main([*quick, "--out", str(out)]) == 0
+    stem = "cpu-in-the-place-of-a-gpu"
+    assert {f.name for f in out.iterdir()} == {
+        f"{stem}.json", f"{stem}.md", f"{stem}-float32.png",
+    }  # fmt: skip
+    report = json.loads((out / f"{stem}.json").read_text())
     assert report["on_a_gpu"] is False
     assert report["failures"] == []
     assert report["date"].startswith("20")
@@ -110,80 +217,102 @@ def test_report(cp, layers, tmp_path, capsys, unchanged):
     assert place["versions"]["cupy"] == "stand-in"
     assert place["versions"]["numpy"] == np.__version__
     assert place["versions"]["gpuconv"] == gpuconv.__version__
-    assert set(report["timings"]) == {"small", "one_by_one"}
+    assert set(report["ceilings"]["flops"]) == {"float64", "float32", "float16"}
+    assert report["ceilings"]["bandwidth"] > 0
+    rows = report["timings"]["rows"]
+    assert set(rows) == {"small|float32", "one_by_one|float32"}
     for shape in layers:
-        row = report["timings"][shape.name]
-        assert row["flops"] == shape.flops("forward")
-        assert {"cuda_atomic"} <= set(row)
-        assert set(row) - {"layer", "flops"} <= set(CUDA_ENGINES)  # PyTorch sees no device
-        for name in set(row) & set(CUDA_ENGINES):
-            found = row[name]
-            if "unsupported" in found:
-                continue
-            assert found["correct"]
-            assert set(found["errors"]) == {"y", "dx", "dw", "db"}
-            for pass_, passes in (("forward", 1), ("backward", 2)):
-                times = found[pass_]
-                assert 0 < times["q1"] <= times["ms"] <= times["q3"]
-                assert times["samples"] >= 5
-                rate = passes * shape.flops("forward") / times["ms"] / 1e6
-                assert times["gflops"] == pytest.approx(rate)
+        row = rows[f"{shape.name}|float32"]
+        assert shape.problem.batch == 8
+        assert set(row["passes"]) == {"forward", "input_grad", "weight_grad", "train"}
+        for pass_, found in row["passes"].items():
+            assert found["flops"] == shape.flops(pass_)
+            assert set(found["times"]) == {"gpuconv", "cuda_atomic"}  # PyTorch sees no device
+            names = {"forward": {"y"}, "input_grad": {"dx"}, "weight_grad": {"dw", "db"}}
+            for one in found["times"].values():
+                if "unsupported" not in one:
+                    assert one["correct"]
+                    assert set(one["errors"]) == names.get(pass_, {"y", "dx", "dw", "db"})
+                    assert 0 < one["q1"] <= one["ms"] <= one["q3"]
+    assert {f["unit"] for f in report["counters"]["slowest"]} <= set(rows)
+    assert report["summary"]["means"]["float32"]["forward"]["best"] is None  # no PyTorch here
+    assert report["summary"]["means"]["float32"]["forward"]["floor"]["count"] == 2
+    assert all(goal["met"] is None for goal in report["summary"]["goals"])
+    page = (out / f"{stem}.md").read_text()
+    assert "not measured" in page
+    assert "| conformance | not run" in page
     said = capsys.readouterr().out
-    assert "small, forward + gradients: cuda_atomic" in said
-    assert f"wrote {file}" in said
+    assert "small|float32: forward " in said
+    assert f"{stem}.json" in said
+
+
+def test_a_rerun_goes_on(cp, layers, capsys, monkeypatch, quick):
+    """The first run has no time for the second layer."""
+    measure = command.timing.measure
+    asked = []
+
+    def slow(shape, dtype, seconds):
+        asked.append(shape.name)
+        if len(asked) == 2:
+            raise TimeOut("one layer is left for the next run")
+        return measure(shape, dtype, seconds)
+
+    monkeypatch.setattr(command.timing, "measure", slow)
+    assert main(quick) == 1
+    said = capsys.readouterr()
+    assert "FAILED timings: not done; run again to go on" in said.err
+    assert "float32" in said.out  # what there is, is shown
+    assert main(quick) == 0
+    said = capsys.readouterr().out
+    assert "going on with what was found" in said
+    assert "ceilings: done before" in said
+    assert asked == ["small", "one_by_one", "one_by_one"]
+    assert main(quick) == 0
+    assert len(asked) == 3
+    assert main([*quick, "--restart"]) == 0
+    assert asked[3:] == ["small", "one_by_one"]
 
 
 @pytest.mark.parametrize(
     "place", [RESULTS, RESULTS / "new", ROOT / "kernels/../benchmarks/results"]
 )
-def test_a_stand_in_is_never_written_down_as_a_gpu(cp, layers, capsys, unchanged, place):
-    assert main(["--skip-suite", "--out", str(place)]) == 2
+def test_a_stand_in_is_never_written_down_as_a_gpu(cp, layers, capsys, unchanged, quick, place):
+    assert main([*quick, "--out", str(place)]) == 2
     assert "no GPU computes here, so nothing goes into" in capsys.readouterr().err
-    assert main(["--skip-suite", "--seconds", "0.001", "--layers", "one_by_one"]) == 0
+    assert main([*quick, "--layers", "one_by_one", "--stages", "ceilings"]) == 0
     assert "wrote" not in capsys.readouterr().out
 
 
-def test_a_whole_run_of_a_stand_in_writes_nothing(cp, layers, capsys, unchanged, monkeypatch):
-    monkeypatch.setattr(gpu_check, "run_suite", lambda: {"passed": True, "run": 3})
-    monkeypatch.setattr(gpu_check, "run_sanitizer", lambda: {"run": False, "reason": "none"})
-    assert main(["--seconds", "0.001"]) == 0
-    assert 'suite: {"passed": true, "run": 3}' in capsys.readouterr().out
-
-
-def test_a_wrong_result_fails(cp, layers, tmp_path, capsys, monkeypatch):
+def test_a_wrong_result_fails(cp, layers, tmp_path, capsys, monkeypatch, quick):
     right = gpuconv.conv2d_backward
 
     def wrong(*args, **options):
         dx, dw, db = right(*args, **options)
-        return dx, dw * 1.01, db
+        return dx, None if dw is None else dw * 1.01, db
 
     monkeypatch.setattr(gpuconv, "conv2d_backward", wrong)
-    assert main(["--skip-suite", "--seconds", "0.001", "--out", str(tmp_path / "out")]) == 1
-    said = capsys.readouterr()
-    assert "FAILED small, cuda_atomic: wrong result" in said.err
-    assert "WRONG" in said.out
-    (file,) = (tmp_path / "out").iterdir()
+    assert main([*quick, "--out", str(tmp_path / "out")]) == 1
+    assert (
+        "FAILED timings: small|float32, weight_grad, gpuconv: wrong result"
+        in capsys.readouterr().err
+    )
+    (file,) = (tmp_path / "out").glob("*.json")
     report = json.loads(file.read_text())
-    assert len(report["failures"]) >= 2
-    assert not report["timings"]["small"]["cuda_atomic"]["correct"]
+    times = report["timings"]["rows"]["small|float32"]["passes"]["weight_grad"]["times"]
+    assert not times["cuda_atomic"]["correct"]
+    page = file.with_suffix(".md").read_text()
+    assert "## Failures" in page
+    assert "wrong result" in page
 
 
-def test_unknown_layers(cp, capsys):
-    assert main(["--layers", "alexnet"]) == 2
-    assert "no shape is called 'alexnet'" in capsys.readouterr().err
-
-
-def test_what_the_sanitizer_runs(cp):
-    said = StringIO()
-    with redirect_stdout(said):
-        exec(compile(gpu_check.SANITIZED, "sanitized", "exec"), {})
-    lines = said.getvalue().splitlines()
-    for dtype in ("float32", "float64", "float16"):
-        for layout in ("NHWC", "NCHW"):
-            assert f"computed cuda_atomic {dtype} {layout}" in lines
-    launched = {name for name, *_ in cp.settings.launches}
-    for end in ("f16", "f32", "f64"):
-        assert {f"conv2d_forward_atomic_{end}", f"conv2d_backward_atomic_{end}"} <= launched
+def test_unknown_layers_stages_and_dtypes(cp, capsys, quick):
+    for wrong, words in (
+        (["--layers", "alexnet"], "no shape is called 'alexnet'"),
+        (["--stages", "timings,lunch"], "stages is 'timings,lunch'; expected of ceilings"),
+        (["--dtypes", "int8"], "dtypes is 'int8'; expected of float32"),
+    ):
+        assert main([*quick, *wrong]) == 2
+        assert words in capsys.readouterr().err
 
 
 def test_how_busy_training_keeps_the_device(cp):
@@ -253,7 +382,7 @@ def test_what_training_on_a_gpu_falls_short_of():
     ]
 
 
-# ---------------------------------------------------------------------------------- the parts
+# ---------------------------------------------------------------------------------- the checks
 
 
 class Clock:
@@ -276,23 +405,11 @@ class Clock:
 @pytest.mark.parametrize(("ms", "calls"), [(5.0, 1), (0.5, 4), (0.013, 100), (0.0, 100)])
 def test_times(ms, calls):
     clock = Clock(ms)
-    found = gpu_check.timed(clock.call, clock, 0.0)
+    found = timed(clock.call, clock, 0.0)
     assert found["calls"] == calls
     assert found["samples"] == 5
     assert found["ms"] == found["q1"] == found["q3"] == pytest.approx(ms)
     assert clock.calls == 2 + 5 * calls
-
-
-def test_judgement(layers):
-    case = cases.make(layers[0])
-    right = {n: np.array(v, "f4") for n, v in case.expected.items()}
-    assert judged(case, right)["correct"]
-    right["dx"][0, 0, 0, 0] += 0.1 * abs(right["dx"]).max()
-    assert not judged(case, right)["correct"]
-    right["dx"][0, 0, 0, 0] = np.nan
-    found = judged(case, right)
-    assert not found["correct"]
-    assert found["errors"]["dx"] is None  # no JSON holds NaN
 
 
 TESTS = {
@@ -312,19 +429,36 @@ def test_tests_count_only_where_they_ran(tmp_path, name, capsys):
     text, want = TESTS[name]
     file = tmp_path / f"test_{name}.py"
     file.write_text(text)
-    found = run_tests([str(file), "-p", "no:cacheprovider", f"--rootdir={tmp_path}"])
+    found = checks.run_tests([str(file), "-p", "no:cacheprovider", f"--rootdir={tmp_path}"], 60.0)
     assert found.items() >= want.items(), found
 
 
-def test_tests_that_hang_or_cannot_start(tmp_path, monkeypatch):
+def test_tests_that_hang_or_cannot_start(tmp_path):
     file = tmp_path / "test_slow.py"
     file.write_text("import time\ndef test_a(): time.sleep(60)\n")
-    monkeypatch.setattr(gpu_check, "SUITE_LIMIT", 0.5)
-    assert run_tests([str(file)]) == {"passed": False, "reason": "not done in 0.5 s"}
-    monkeypatch.setattr(gpu_check, "SUITE_LIMIT", 60.0)
-    found = run_tests(["--no-such-option"])
+    assert checks.run_tests([str(file)], 0.5) == {"passed": False, "reason": "not done in 0 s"}
+    found = checks.run_tests(["--no-such-option"], 60.0)
     assert not found["passed"]
     assert "no-such-option" in found["reason"]
+
+
+def test_conformance_counts_by_dtype(tmp_path):
+    file = tmp_path / "test_kinds.py"
+    kinds = ["dense-float16-cuda_gemm", "dense-bfloat16-cuda_gemm", "float32", "tf32", "float32-b"]
+    file.write_text(f"import pytest\n@pytest.mark.parametrize('k', {kinds})\ndef test_a(k): pass\n")
+    found = checks.run_tests([str(file), "-p", "no:cacheprovider", f"--rootdir={tmp_path}"], 60.0)
+    assert found["by_dtype"] == {"bfloat16": 1, "float16": 1, "float32": 2, "tf32": 1}
+
+
+def test_what_the_sanitizer_runs(cp, capsys):
+    sanitized.compute(("float32", "tf32"), ("NHWC",))
+    lines = capsys.readouterr().out.splitlines()
+    for pass_ in ("forward", "input_grad", "weight_grad"):
+        for kind in ("uneven", "plain", "depthwise"):
+            assert f"computed cuda_atomic {pass_} {kind} float32 NHWC" in lines
+    for engine in (e.name for e in gpuconv.engines() if e.device == "cuda" and e.available):
+        assert any(line.startswith(f"computed {engine} ") for line in lines), engine
+    assert gpuconv.get_precision() == "default"
 
 
 @pytest.mark.parametrize(
@@ -336,7 +470,7 @@ def test_sanitizer(tmp_path, status, computed, passed, capsys):
     lines += ['echo "computed cuda_atomic float32 NHWC"'] * computed
     tool.write_text("\n".join([*lines, f"exit {status}\n"]))
     tool.chmod(0o755)
-    found = run_sanitizer(str(tool))
+    found = checks.run_sanitizer(60.0, str(tool))
     assert found["run"]
     for check in ("memcheck", "racecheck"):
         assert found[check] == {
@@ -348,23 +482,151 @@ def test_sanitizer(tmp_path, status, computed, passed, capsys):
 
 
 def test_no_sanitizer(tmp_path):
-    found = run_sanitizer(str(tmp_path / "none"))
-    assert found == {"run": False, "reason": "compute-sanitizer is not installed"}
+    found = checks.run_sanitizer(60.0, str(tmp_path / "none"))
+    assert found == {"run": False, "why_not": "compute-sanitizer is not installed"}
     assert failures({"sanitizer": found}) == []
 
 
-def test_failures_of_the_suite():
-    assert failures({"suite": {"passed": False, "run": 0}}) == [
-        "suite: {'passed': False, 'run': 0}"
+def test_digits(monkeypatch):
+    """On the CPU: the same command; one epoch is not enough for the accuracy that is asked for."""
+    found = checks.digits(None, 120.0, "cpu", 1)
+    assert not found["passed"]
+    assert 0.3 < found["accuracy"] < checks.ACCURACY == 0.98
+    assert found["reason"] == f"accuracy {found['accuracy']:.4f}, below 0.98"
+    assert found["seconds_an_epoch"] > 0
+    said = subprocess.CompletedProcess([], 2, "", "there is no such device")
+    monkeypatch.setattr(subprocess, "run", lambda *args, **options: said)
+    assert checks.digits(None, 1.0)["reason"] == "there is no such device"
+
+
+# --------------------------------------------------------------------------------- the counters
+
+NCU = """==PROF== Connected to process 1
+"ID","Process ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
+"0","1","conv2d_forward_f32","dram__bytes.sum","Mbyte","1,234.5"
+"0","1","conv2d_forward_f32","gpu__time_duration.sum","usecond","12.5"
+"0","1","conv2d_forward_f32","sm__throughput.avg.pct_of_peak_sustained_elapsed","%","61.25"
+"1","1","conv_split_sums","gpu__time_duration.sum","nsecond","800"
+"1","1","conv_split_sums","something.else","%","1"
+==PROF== Disconnected
+"""
+
+
+def test_what_nsight_compute_prints():
+    assert counters.parse(NCU) == [
+        {"kernel": "conv2d_forward_f32", "bytes": 1234.5e6, "ns": 12500.0, "sm %": 61.25},
+        {"kernel": "conv_split_sums", "ns": 800.0},
     ]
-    assert failures({"suite": {"passed": True, "run": 8}}) == []
+
+
+def made_up(name, dtype, **times):
+    """A row in which every pass takes as long as said; the floor is 1 ms by operations."""
+    passes = {
+        p: {
+            "flops": 1e9, "bytes": 1.0, "chosen": "cuda_gemm",
+            "times": {w.replace("_N", " N"): {"ms": t, "correct": True} for w, t in times.items()},
+        }
+        for p in ("forward", "input_grad", "weight_grad", "train")
+    }  # fmt: skip
+    return {"layer": name, "kind": "1x1", "dtype": dtype, "passes": passes}
+
+
+CEILINGS = {"bandwidth": 1e12, "flops": {"float32": 1e12}, "how": {"float32": "made up"}}
+
+
+@pytest.mark.parametrize("said", ["counts", "may not", "nothing"])
+def test_counters_of_the_five_slowest(tmp_path, said):
+    rows = {
+        f"l{n}|float32": made_up(f"l{n}", "float32", cuda_gemm=2.0 + n, gpuconv=9.0)
+        for n in range(4)
+    }
+    state = state_at(tmp_path)
+    state.finish("timings", {"rows": rows})
+    state.finish("ceilings", CEILINGS)
+    tool = tmp_path / "ncu"
+    text = {"counts": NCU, "may not": "==ERROR== ERR_NVGPUCTRPERM", "nothing": "broken"}[said]
+    (tmp_path / "text").write_text(text)
+    tool.write_text(f'#!/bin/sh\necho "$@" >> "$0.asked"\ncat {tmp_path / "text"}\n')
+    tool.chmod(0o755)
+    found = counters.stage(state, 60.0, str(tool))
+    first = found["slowest"][0]
+    assert (first["unit"], first["engine"]) == ("l3|float32", "cuda_gemm")
+    assert first["times_the_floor"] == pytest.approx(5.0)
+    assert [f["unit"] for f in found["slowest"]] == ["l3|float32"] * 3 + ["l2|float32"] * 2
+    asked = (tmp_path / "ncu.asked").read_text().splitlines()
+    assert asked[0].endswith("benchmarks.gpu.counters l3 float32 forward cuda_gemm")
+    if said == "counts":
+        assert found["run"]
+        assert all(len(f["kernels"]) == 2 for f in found["slowest"])
+    elif said == "may not":
+        assert not found["run"]
+        assert "ERR_NVGPUCTRPERM" in found["why_not"]
+    else:
+        assert found["slowest"][0]["why_not"] == "broken"
+    assert failures({"counters": found}) == []
+
+
+def test_counters_without_times_or_tool(tmp_path, monkeypatch):
+    monkeypatch.setattr(counters, "find", lambda name: None)
+    state = state_at(tmp_path)
+    assert counters.stage(state, 60.0)["why_not"] == "there are no times yet"
+    state.finish("timings", {"rows": {}})
+    state.finish("ceilings", CEILINGS)
+    assert counters.stage(state, 60.0)["why_not"] == "ncu is not installed"
+
+
+def test_the_call_that_is_counted(cp, layers, monkeypatch):
+    seen = []
+    for name in ("profilerStart", "profilerStop"):
+        note = lambda name=name: seen.append((name, len(cp.settings.launches)))  # noqa: E731
+        monkeypatch.setattr(cp.cuda.runtime, name, note, raising=False)
+    assert counters.main(["small", "float32", "forward", "cuda_atomic"]) == 0
+    assert seen == [("profilerStart", 1), ("profilerStop", 2)]
+
+
+# --------------------------------------------------------------------------------- the summary
+
+
+def test_geometric_means_and_goals():
+    rows = {
+        "a|float32": made_up("a", "float32", gpuconv=4.0, cuda_gemm=2.0, cudnn=1.0, cuda_atomic=100.0,
+                             torch_NHWC=4.0, torch_NCHW=5.0),
+        "b|float32": made_up("b", "float32", gpuconv=2.0, cuda_gemm=2.0, cudnn=2.0, cuda_atomic=50.0,
+                             torch_NHWC=9.0, torch_NCHW=1.0),
+    }  # fmt: skip
+    rows["b|float32"]["passes"]["forward"]["times"]["cuda_gemm"]["correct"] = False
+    found = command.summarise(rows, CEILINGS)
+    one = found["means"]["float32"]["train"]
+    assert one["best"]["mean"] == pytest.approx((4 / 2 * 1 / 2) ** 0.5)
+    assert one["best"]["least"] == pytest.approx(0.5)
+    assert one["any"]["mean"] == pytest.approx((4 / 1 * 1 / 2) ** 0.5)
+    assert one["chosen"]["mean"] == pytest.approx((4 / 4 * 1 / 2) ** 0.5)
+    assert one["floor"]["mean"] == pytest.approx(0.5)
+    assert one["atomic"]["mean"] == pytest.approx((50 * 25) ** 0.5)
+    forward = found["means"]["float32"]["forward"]["best"]  # what is wrong counts for nothing
+    assert forward["mean"] == pytest.approx((4 / 2 * 1 / 50) ** 0.5)
+    assert found["means"]["float32"]["classes"]["1x1"]["best"]["count"] == 6
+    goals = {(g["dtype"], g["pass"], g["class"]): g for g in found["goals"]}
+    assert goals["float32", "train", "all"]["met"] is False
+    assert goals["float32", "each pass", "depthwise"]["met"] is None
+    assert failures({"summary": found})[-1].startswith("float32, train, all: 1.00 of PyTorch")
+    text = pages.means_table(found)
+    assert "1.00 (least 0.50)" in text
+    assert "**not met**" in pages.goals_table(found)
 
 
 def test_file_is_written_whole_or_not_at_all(tmp_path):
-    report = {"machine": {"gpu": "NVIDIA GeForce RTX 4090 / Ti"}, "x": float("nan")}
+    place = {
+        "gpu": "NVIDIA GeForce RTX 4090 / Ti", "compute_capability": "89", "memory_bytes": 2**34,
+        "driver": "1", "cuda_runtime": 12090, "cudnn_of_torch": None, "system": "s", "python": "3",
+        "versions": {},
+    }  # fmt: skip
+    report = {"machine": place, "date": "2026-01-01", "x": float("nan")}
     with pytest.raises(ValueError, match="JSON"):
-        gpu_check.write(report, tmp_path)
+        command.write(report, tmp_path)
     assert list(tmp_path.iterdir()) == []
-    place = gpu_check.write({**report, "x": 1}, tmp_path)
-    assert place.name == "nvidia-geforce-rtx-4090-ti.json"
-    assert list(tmp_path.iterdir()) == [place]
+    made = command.write({**report, "x": 1}, tmp_path)
+    assert [f.name for f in made] == [
+        "nvidia-geforce-rtx-4090-ti.json", "nvidia-geforce-rtx-4090-ti.md",
+    ]  # fmt: skip
+    assert sorted(tmp_path.iterdir()) == made
