@@ -71,6 +71,8 @@ class Problem:
         Bytes of workspace, if not the usual: the batch goes in parts.
     poison : bool
         A NaN and an infinity in images and gradients; they must go where the loops send them.
+    spread : bool
+        Images and the result lie in larger arrays, so that nothing is dense.
     blank : bool
         The first rows are zero and the rest is large: the activation at a kink and beyond.
     """
@@ -87,6 +89,7 @@ class Problem:
     apart: bool = False
     limit: int = 0
     poison: bool = False
+    spread: bool = False
     blank: bool = False
 
     @property
@@ -129,6 +132,12 @@ PROBLEMS = (
     _problem("positions-1800", (2, 30, 30, 4), (3, 3, 4, 6), padding=1, activation=None),
     _problem("parts", (6, 7, 6, 8), (3, 3, 8, 8), padding=1, limit=16384),
     _problem("parts-odd", (5, 6, 5, 5), (3, 3, 5, 3), activation=None, limit=4096, first=True),
+    _problem("parts-of-one", (2, 9, 9, 4), (3, 3, 4, 6), padding=1, limit=3000),
+    _problem("parts-of-one-3d", (1, 4, 5, 4, 3), (2, 2, 3, 3, 2), stride=(1, 2, 1), padding=1,
+             limit=2000, activation=None, bias=False),
+    _problem("spread", (2, 6, 7, 4), (3, 3, 4, 8), padding=1, spread=True),
+    _problem("spread-first", (2, 5, 6, 3), (3, 2, 3, 4), spread=True, first=True, bias=False),
+    _problem("spread-3d", (2, 3, 4, 5, 4), (2, 2, 2, 4, 3), spread=True, limit=2000),
     _problem("poison", (2, 9, 10, 4), (3, 3, 4, 6), padding=1, activation=None, poison=True),
     _problem("poison-first", (1, 8, 7, 3), (3, 3, 3, 5), activation=None, poison=True, first=True),
     _problem("strips", (3, 40, 40, 4), (1, 1, 4, 4)),
@@ -300,6 +309,14 @@ def _close(
         compare(value, given[f"{name}_tf32"], sums if exact else 2e-3)
 
 
+def _spread(cp: Any, a: np.ndarray) -> Any:
+    """Return the array as every second element of a larger one of the device, along each axis."""
+    large = cp.empty([2 * n for n in a.shape], a.dtype)
+    view = large[tuple(slice(1, None, 2) for _ in a.shape)]
+    view[...] = cp.asarray(a)
+    return view
+
+
 def _meet_nan(got: np.ndarray, want: np.ndarray, allowed: float) -> None:
     """Compare where some values are not finite."""
     got = got.astype("f8")
@@ -316,9 +333,12 @@ def _convolve(engine: str, problem: Problem, dtype: str) -> None:
     call, back = getattr(gpuconv, problem.call), getattr(gpuconv, f"{problem.call}_backward")
     with stand_in("checked", 1) as cp, gpuconv.engine(engine), _settings(problem, dtype):
         x, w, b, dy, seen = (cp.asarray(given[n]) for n in ("x", "w", "b", "dy", "seen"))
+        if problem.spread:
+            x, dy, seen = (_spread(cp, given[n]) for n in ("x", "dy", "seen"))
         length = int(np.prod(problem.w[:-1]))
         try:
-            y = call(x, w, b if problem.bias else None, **problem.keywords)
+            out = _spread(cp, given["y"].astype(given["x"].dtype)) if problem.spread else None
+            y = call(x, w, b if problem.bias else None, out=out, **problem.keywords)
         except gpuconv.EngineError:
             pass
         else:
