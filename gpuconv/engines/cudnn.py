@@ -82,7 +82,9 @@ class Cudnn(Engine):
         gpu = architecture.gpu()
         narrow = min(problem.in_channels, problem.out_channels) // problem.groups
         tensor = problem.itemsize == 2 or settings.get_precision() == "tf32"
-        rate = PEAK * gpu.flops(problem.dtype, tensor) * min(1.0, narrow / NARROW)
+        # Without TF32 (7.x) its tensor cores have no rate for float32.
+        peak = gpu.flops(problem.dtype, tensor) or gpu.flops(problem.dtype)
+        rate = PEAK * peak * min(1.0, narrow / NARROW)
         return CALL + max(problem.flops / rate, problem.bytes / (COPY * gpu.bandwidth))
 
     def workspace(self, problem: ConvProblem, pass_: Pass) -> int:
