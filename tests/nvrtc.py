@@ -166,15 +166,16 @@ def plan(variants: Sequence[Variant], every: bool = False) -> list[tuple[Variant
     left out. ``every`` variant for every architecture is what ``--ptxas`` asks for.
     """
     made = []
-    seen: set[tuple[str, ...]] = set()
+    seen: set[tuple[tuple[str, ...], int]] = set()
     for turn, variant in enumerate(variants):
         fit = [a for a in ARCHITECTURES if a >= variant.capability]
         if not fit:
             raise ValueError(f"no architecture has what {variant} needs")
-        if not every and variant.functions in seen:
+        if not every:
+            missing = {a for a in fit if (variant.functions, a) not in seen}
             half = len(fit) // 2
-            fit = sorted({fit[turn % len(fit)], fit[(turn + half) % len(fit)]})
-        seen.add(variant.functions)
+            fit = sorted(missing | {fit[turn % len(fit)], fit[(turn + half) % len(fit)]})
+        seen.update((variant.functions, a) for a in fit)
         made += [(variant, a) for a in fit]
     return made
 
