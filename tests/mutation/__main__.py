@@ -14,6 +14,10 @@ if __name__ == "__main__":
             [sys.executable, "-m", "tests.mutation", *sys.argv[1:]],
             {**os.environ, **_ONE},
         )
+    import warnings
+
     from tests.mutation.command import main
+
+    warnings.simplefilter("ignore", RuntimeWarning)  # of infinities, which are meant
 
     raise SystemExit(main())
