@@ -9,7 +9,7 @@ than the kernel, every activation, offsets of 64 bits, grids smaller than the wo
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
@@ -406,12 +406,13 @@ def _normalise(dtype: str, activation: str | None, rows: int, columns: int, wide
 # ----------------------------------------------------------------------------------------- all
 
 
-def checks() -> list[Check]:
-    """Return every check: each engine that can be used here, on what it takes."""
+def checks(engines: Collection[str] | None = None) -> list[Check]:
+    """Return every check: each engine that can be used here (or of these), on what it takes."""
     with stand_in():
         made = [
             check
             for engine in (e.name for e in gpuconv.engines() if e.device == "cuda" and e.available)
+            if engines is None or engine in engines
             for check in _of_engine(engine)
         ]
     return [*made, *_of_normalisation()]

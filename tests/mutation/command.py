@@ -140,6 +140,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--sample", type=int, metavar="N", help="at most so many changes of each file")
     add("--seed", type=int, default=0, metavar="N", help="of the sample (0)")
     add("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="at once; one a core")
+    add("--engines", metavar="LIST", help="only the checks of these; all of them")
     add("--most-checks", type=int, metavar="N", help="try each file on its first N checks only")
     add("--least", type=float, default=LEAST, metavar="X", help=f"score to reach ({LEAST})")
     add("--kept", type=Path, default=KEPT, metavar="DIR", help="where outcomes are kept")
@@ -162,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lost = survivors.unfit(entries, [m for pool in pools.values() for m in pool])
     for entry in lost:
         print(f"survivors.toml: nothing fits {entry}")
-    every = checks()
+    every = checks(args.engines.split(",") if args.engines else None)
     launches = survey(every)
     scores = []
     for name in args.file or names:
@@ -203,13 +204,14 @@ def _file(
     sources = {name} | {
         one.files[0] for c in every for one in launches[c.name] if name in one.files
     }
-    kept = Kept(name, sorted(sources), args.kept)
+    kept = Kept(name, sorted(sources), args.kept / (args.engines or "all"))
     # Fewer checks than all of them notice less: such outcomes are no one else's.
     known = {} if args.most_checks else kept.read()
     found = [(m, known[m.key]) for m in pool if m.key in known]
     rest = [m for m in pool if m.key not in known]
     began = time.monotonic()
-    for mutant, outcome in Runner(launches, max(1, args.jobs)).run(rest, mine):
+    runner = Runner(launches, max(1, args.jobs))
+    for mutant, outcome in runner.run(rest, mine) if rest else ():
         found.append((mutant, outcome))
         if not args.most_checks:
             kept.add(mutant, outcome)
