@@ -23,6 +23,9 @@ __all__ = ["backward_by_parts", "bias_sums", "output_grad"]
 
 Array = np.ndarray[Any, Any]
 
+#: Bytes of the gradient in front of the activation that are held at a time: a buffer that stays
+#: allocated, and in a shared cache until both gradients have read it.
+HELD = 14 * 2**20
 #: Elements of a block.
 BLOCK = 64 * 1024
 
@@ -111,8 +114,8 @@ def backward_by_parts(
 ) -> None:
     """Write the gradients asked for, each by its own engine, given ``dy`` behind the activation.
 
-    The gradient in front of the activation is formed for as many examples at a time as half
-    the workspace limit holds.
+    The gradient in front of the activation is formed for some examples at a time, within half
+    the workspace limit.
 
     Parameters
     ----------
@@ -132,7 +135,8 @@ def backward_by_parts(
         return
     dtype = wide_dtype(problem.dtype)
     example = math.prod(problem.y_shape[1:]) * dtype.itemsize
-    chunk = max(1, min(problem.batch, settings.get_workspace_limit() // 2 // example))
+    most = min(settings.get_workspace_limit() // 2, HELD)
+    chunk = max(1, min(problem.batch, most // example))
     held = scratch.get("dz", (chunk, *dy.shape[1:]), dtype)
     sums: list[Array | None] = [None, None]
     for start in range(0, problem.batch, chunk):

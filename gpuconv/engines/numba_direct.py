@@ -84,7 +84,7 @@ class NumbaDirect(Engine):
             seconds *= 1.5
         moved = sum(map(math.prod, (problem.x_shape, problem.y_shape))) * size
         weights = 6 * math.prod(problem.w_shape) * size
-        return 4e-5 + (seconds + weights / rate.copy) / workers + moved / (1.5 * rate.copy)
+        return 3e-5 + (seconds + weights / rate.copy) / workers + moved / (1.5 * rate.copy)
 
     def workspace(self, problem: ConvProblem, pass_: Pass) -> int:
         """Return the bytes of the packed filters, and of dense copies where they are needed."""
