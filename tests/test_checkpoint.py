@@ -18,8 +18,11 @@ from safetensors.numpy import save_file
 
 import gpuconv
 from gpuconv.cli import main
+from gpuconv.layers import Conv2D, Dropout, Flatten, FullyConnected
+from gpuconv.models import Sequential
 from gpuconv.training import checkpoint, run
 from gpuconv.training.data import Scaling
+from gpuconv.training.recipe import Recipe, make_optimizer
 from tests.small_images import images, save
 from tests.test_device import ROOT
 
@@ -388,3 +391,126 @@ def test_what_is_not_finite_is_not_saved(folder: Path) -> None:
     with pytest.raises(run.DivergedError, match=r"0\.W\.mean holds NaN or infinity after epoch 2"):
         again.save_checkpoint(folder)
     assert contents(folder) == before
+
+
+# ------------------------------------------------------------------------------------- dropout
+
+
+def with_dropout(recipe: Any, image_shape: Any, classes: int, count: int, device: Any) -> Any:
+    """Return a network that drops between layers, in a wrapper around another too."""
+    dense = FullyConnected(8, act_fn="ReLU")
+    dense.use_rng(7)
+    layers = [
+        Dropout(Conv2D(4, (3, 3), pad=1, act_fn="ReLU"), 0.2),
+        Flatten(),
+        Dropout(Dropout(dense, 0.3, rng=5), 0.1, rng=6),
+        Dropout(FullyConnected(classes), 0.4),
+    ]
+    net = Sequential(layers, make_optimizer(recipe, count), device=device)
+    shared = np.random.default_rng(recipe.seed)
+    layers[0].use_rng(shared)
+    layers[3].use_rng(shared)
+    net.build((1, *image_shape), recipe.dtype)
+    return net
+
+
+def dropping(folder: Path, dtype: str = "float32") -> run.Run:
+    """Return a run of such a network at its start."""
+    settings = {"device": "cpu", "engine": None, "threads": 1}
+    recipe = Recipe(epochs=3, batch_size=16, lr=0.01, seed=4, dtype=dtype)
+    return run.start(recipe, str(folder / "a.npz"), settings, "cpu")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_run_with_dropout_is_taken_up_again_bit_for_bit(
+    dtype: str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "make_network", with_dropout)
+    whole = dropping(made, dtype)
+    whole.train()
+    parts = dropping(made, dtype)
+    # Before the first step, in the midst of an epoch, at its end, and not at all.
+    for stop in ((0, 0), (0, 1), (1, 1), (2, 0), (3, 0)):
+        at = parts.progress
+        parts.train(stop=lambda at=at, stop=stop: (at.epoch, at.step) >= stop)
+        assert (at.epoch, at.step) == stop
+        parts.save_checkpoint(tmp_path)
+        parts = run.resume(tmp_path, device=lambda settings: "cpu")
+    assert parts.finished
+    for name, value in whole.net.tensors().items():
+        np.testing.assert_array_equal(parts.net.tensors()[name], value)
+    assert [r.train_loss for r in parts.progress.history] == [r.train_loss for r in whole.progress.history]  # fmt: skip
+
+
+def test_a_checkpoint_of_before_dropouts_were_kept_loads(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "make_network", with_dropout)
+    begun = dropping(made)
+    begun.train(stop=lambda: begun.progress.step == 1)
+    begun.save_checkpoint(tmp_path)
+    rewrite(tmp_path / run.CHECKPOINT, part("random", None))
+    again = run.resume(tmp_path, device=lambda settings: "cpu")
+    again.train()
+    assert again.finished
+
+
+@pytest.mark.parametrize("kind", ["PCG64", "PCG64DXSM", "MT19937", "Philox", "SFC64"])
+def test_every_generator_of_numpys_goes_on(kind: str) -> None:
+    source = np.random.Generator(getattr(np.random, kind)(3))
+    first = [Dropout(Flatten(), 0.5, rng=source), Dropout(Flatten(), 0.5), Dropout(Flatten(), 0.5, rng=source)]  # fmt: skip
+    source.random(3, np.float32)  # half of a 64-bit number is kept for the next
+    state = json.loads(json.dumps(Sequential(first).random_state()))
+    assert state["dropouts"] == [0, 1, 0]
+    second = [Dropout(Flatten(), 0.5) for _ in range(3)]
+    Sequential(second).load_random_state(state)
+    for k in (2, 1, 0, 2):
+        np.testing.assert_array_equal(
+            second[k].generator.random(700, np.float32), first[k].generator.random(700, np.float32)
+        )
+
+
+def test_a_generator_whose_state_cannot_be_kept_is_named() -> None:
+    class Own(np.random.PCG64):
+        pass
+
+    net = Sequential([Dropout(Flatten(), 0.5, rng=np.random.Generator(Own(1)))])
+    with pytest.raises(TypeError, match="draws from a Own, whose state cannot be kept"):
+        net.random_state()
+
+
+RANDOM: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "no mapping": (lambda r: r.clear(), "random is no mapping"),
+    "no list": (lambda r: r.update(dropouts=3), "are no lists"),
+    "too few": (lambda r: r["dropouts"].pop(), "random has 3 dropouts; expected 4"),
+    "no such generator": (lambda r: r["dropouts"].__setitem__(0, 3), "name 3; it has 3 generators"),
+    "negative": (lambda r: r["dropouts"].__setitem__(0, -1), "name -1"),
+    "a truth": (lambda r: r["dropouts"].__setitem__(0, True), "name True"),
+    "unknown": (lambda r: r["generators"][1].update(bit_generator="os.system"), "generator 1 is 'os.system'"),
+    "no generator": (lambda r: r["generators"].__setitem__(2, None), "generator 2 is None"),
+    "part missing": (lambda r: r["generators"][0].pop("state"), "generator 0 is no state of a PCG64"),
+    "part too many": (lambda r: r["generators"][0].update(more=1), "generator 0 is no state"),
+    "text": (lambda r: r["generators"][0]["state"].update(inc="a"), "generator 0 is no state"),
+    "too large": (lambda r: r["generators"][0]["state"].update(inc=1 << 130), "generator 0 is no state"),
+    "of another": (lambda r: r["generators"][0].update(bit_generator="MT19937"), "no state of a MT19937"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_a_damaged_state_of_dropouts_is_an_error_and_changes_nothing(
+    name: str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damage, message = RANDOM[name]
+    monkeypatch.setattr(run, "make_network", with_dropout)
+    begun = dropping(made)
+    begun.save_checkpoint(tmp_path)
+    rewrite(tmp_path / run.CHECKPOINT, lambda m, header, t: damage(header["random"]))
+    with pytest.raises(ValueError, match=r"checkpoint\.safetensors: ") as error:
+        run.resume(tmp_path, device=lambda settings: "cpu")
+    assert message in str(error.value)
+    before = begun.net.random_state()
+    wrong = json.loads(json.dumps(before))
+    damage(wrong)
+    with pytest.raises(ValueError, match="random"):
+        begun.net.load_random_state(wrong)
+    assert begun.net.random_state() == before

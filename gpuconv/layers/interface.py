@@ -43,6 +43,10 @@ class Layer(abc.ABC):
     def leaves(self) -> list[tuple[str, Layer]]:
         """Return the layers that hold parameters, by name; a layer is its own, named ``""``."""
 
+    def dropouts(self) -> list[Any]:
+        """Return the wrappers that draw masks, this layer's and those of what it is made of."""
+        return []
+
     @abc.abstractmethod
     def output_shape(self, shape: Shape) -> Shape:
         """Return the output's shape for an input of ``shape``, batch included."""

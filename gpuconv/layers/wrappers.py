@@ -48,7 +48,12 @@ class Dropout(Layer):
        overfitting (2014).
     """
 
-    _OWN = frozenset({"_base_layer", "p", "_generator", "_retained", "_wrapper_derived_variables"})
+    _OWN = frozenset(
+        {
+            "_base_layer", "p", "generator", "_generator", "_retained",
+            "_wrapper_derived_variables",
+        }
+    )  # fmt: skip
 
     def __init__(self, wrapped_layer: Layer, p: float, *, rng: Rng = None) -> None:
         if not isinstance(wrapped_layer, Layer):
@@ -72,6 +77,17 @@ class Dropout(Layer):
     def _forget(self) -> None:
         self._retained: list[tuple[Array | None, float]] = []
         self._wrapper_derived_variables: dict[str, list[Array]] = {"dropout_mask": []}
+
+    @property
+    def generator(self) -> np.random.Generator:
+        """What the masks are drawn from; made anew by the first question where none was given."""
+        if self._generator is None:
+            self._generator = np.random.default_rng()
+        return self._generator
+
+    @generator.setter
+    def generator(self, value: np.random.Generator) -> None:
+        self._generator = value
 
     # -------------------------------------------------------------- what it says of itself
 
@@ -100,6 +116,10 @@ class Dropout(Layer):
         """Return the leaves of the wrapped layer."""
         found: list[tuple[str, Layer]] = self._base_layer.leaves()
         return found
+
+    def dropouts(self) -> list[Dropout]:
+        """Return this wrapper, and those that it is around."""
+        return [self, *self._base_layer.dropouts()]
 
     def summary(self) -> dict[str, Any]:
         """Return the wrapped layer's summary, with ``layer_wrappers``."""
@@ -170,9 +190,7 @@ class Dropout(Layer):
             return Y
         if not isinstance(getattr(X, "shape", None), tuple):
             raise TypeError(f"X is a {type(X).__name__}; expected an array")
-        if self._generator is None:
-            self._generator = np.random.default_rng()
-        drawn = self._generator.random(X.shape, np.float32) >= self.p
+        drawn = self.generator.random(X.shape, np.float32) >= self.p
         place = getattr(base, "device", None)
         mask = drawn if isinstance(X, np.ndarray) else asarray(drawn, place)
         Y = base.forward(X * mask, True)
@@ -223,8 +241,8 @@ class Dropout(Layer):
 
     def use_rng(self, rng: Rng) -> None:
         """Draw the layer's first weights and the masks from this generator."""
-        self._generator = generator(rng)
-        self._base_layer.use_rng(self._generator)
+        self.generator = generator(rng)
+        self._base_layer.use_rng(self.generator)
 
     def use_optimizer(self, optimizer: Optimizer) -> None:
         """Train the wrapped layer with a fresh optimizer of this kind."""

@@ -26,6 +26,7 @@ from gpuconv.layers import (
     Pool2D,
     Softmax,
 )
+from gpuconv.models.random_state import load_random_state, random_state
 from gpuconv.modules import (
     ResidualBlock,
     SkipConnectionConvModule,
@@ -348,6 +349,29 @@ class Sequential:
                 if parameter is None or parameter.shape != value.shape:
                     raise ValueError(f"tensor {place}.{name} fits no parameter of layer {place}")
             leaf.optimizer.load_state(part, own)
+
+    def random_state(self) -> dict[str, Any]:
+        """Return the generators of all dropouts as JSON values; see :meth:`load_random_state`.
+
+        Raises
+        ------
+        TypeError
+            If a generator is over none of NumPy's bit generators.
+        """
+        return random_state(self._dropouts())
+
+    def load_random_state(self, state: Mapping[str, Any]) -> None:
+        """Draw masks on from where :meth:`random_state` was called; what was shared is again.
+
+        Raises
+        ------
+        ValueError
+            If it is not the state of such a model's dropouts; nothing is changed then.
+        """
+        load_random_state(self._dropouts(), state)
+
+    def _dropouts(self) -> list[Dropout]:
+        return [found for layer in self.layers for found in layer.dropouts()]
 
 
 def _made(part: Any, depth: int = 0) -> Layer:

@@ -157,6 +157,10 @@ class ModuleBase(Layer):
         """Return the components by name."""
         return [(name, getattr(self, name)) for name in self._component_ids if hasattr(self, name)]
 
+    def dropouts(self) -> list[Any]:
+        """Return those of the components."""
+        return [found for _, component in self.leaves() for found in component.dropouts()]
+
     def summary(self) -> dict[str, Any]:
         """Return the module's name, its parameters and its hyperparameters."""
         return {

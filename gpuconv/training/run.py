@@ -248,6 +248,7 @@ class Run:
             "settings": self.settings,
             "progress": self.progress.to_json(),
             "state": self.net.state(),
+            "random": self.net.random_state(),
             **more,
         }
         checkpoint.write(folder / CHECKPOINT, "checkpoint", header, tensors)
@@ -380,6 +381,8 @@ def resume(
         net.set_optimizer(optimizer)
         net.load_tensors(model)
         net.load_state(header["state"], state)
+        if "random" in header:  # older checkpoints know of none
+            net.load_random_state(header["random"])
         if isinstance(run.precision, Mixed):
             masters = {k.partition(".")[2]: v for k, v in tensors.items() if k[:7] == "master."}
             run.precision.load_state(net, scaling, masters)
