@@ -32,7 +32,8 @@ def random_state(dropouts: Sequence[Dropout]) -> dict[str, Any]:
         If a generator is over none of NumPy's bit generators.
     """
     found: dict[int, int] = {}
-    numbers, states = [], []
+    numbers: list[int] = []
+    states: list[Any] = []
     for dropout in dropouts:
         bits = dropout.generator.bit_generator
         if id(bits) not in found:
