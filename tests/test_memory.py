@@ -178,7 +178,7 @@ def test_whatever_does_not_fit_is_said_in_one_line(
         "-q",
     ]
     whole, said = 0, []
-    for part in (1.0, 0.6, 0.35, 0.05):
+    for part in (1.0, 0.6, 0.15, 0.02):
         with stand_in() as cp:
             cp._home.limit = int(whole * part) if whole else None
             status = main([*command, "--out", str(tmp_path / str(part))])
