@@ -18,7 +18,7 @@ import numpy as np
 
 from gpuconv import settings
 from gpuconv.activations import Activation, get_activation
-from gpuconv.cuda import architecture, kernels, runtime, split_sum, tensor_tiles
+from gpuconv.cuda import architecture, kernels, prediction, runtime, split_sum, tensor_tiles
 from gpuconv.cuda.architecture import GPU
 from gpuconv.cuda.tensor_tiles import Choice, Product, Tile
 from gpuconv.device import probe
@@ -298,7 +298,7 @@ class CudaTensorCore(Engine):
         gpu = architecture.gpu()
         copied = sum(self._copies(problem, pass_))
         return self._choice(problem, pass_).seconds + (
-            1e-5 + 3 * problem.batch * copied / gpu.bandwidth if copied else 0.0
+            1e-5 + prediction.bytes_moved(gpu, 3 * problem.batch * copied) if copied else 0.0
         )
 
     def workspace(self, problem: ConvProblem, pass_: Pass) -> int:
