@@ -48,7 +48,7 @@
 
 #include "common.cuh"
 #include "mma.cuh"
-#include "vectors.cuh"
+#include "vector.cuh"
 #include "activations.cuh"
 
 #define THREADS (BM / TM * BN / TN)
@@ -134,7 +134,7 @@ template <typename T, int X, int VEC, bool BY_X, bool CHECKED, bool LINEAR> stru
   static_assert(THREADS % FAST == 0 && (LANES >= SLOW || SLOW % LANES == 0),
                 "threads share a tile evenly");
 
-  Pack<T, VEC> items[ITEMS];
+  Vector<T, VEC> items[ITEMS];
   Index offset[ROWS];
   int coordinate[CHECKED ? ROWS : 1][NDIM];
   unsigned live;  // a bit for each row
@@ -196,7 +196,7 @@ template <typename T, int X, int VEC, bool BY_X, bool CHECKED, bool LINEAR> stru
       } else {
 #pragma unroll
         for (int v = 0; v < VEC; v++) items[i].v[v] = from_sum<T>(S(0));
-        if (valid) items[i] = load_pack<VEC>(element);
+        if (valid) items[i] = load_vector<VEC>(element);
       }
     }
   }
@@ -205,11 +205,11 @@ template <typename T, int X, int VEC, bool BY_X, bool CHECKED, bool LINEAR> stru
     if (!busy()) return;
 #pragma unroll
     for (int i = 0; i < ITEMS; i++) {
-      Pack<S, VEC> values;
+      Vector<S, VEC> values;
 #pragma unroll
       for (int v = 0; v < VEC; v++) values.v[v] = to_sum(items[i].v[v]);
       if (BY_X) {
-        store_pack<VEC>(&tile[slow() + i * LANES][fast()], values);
+        store_vector<VEC>(&tile[slow() + i * LANES][fast()], values);
       } else {
 #pragma unroll
         for (int v = 0; v < VEC; v++) tile[fast() + v][x(i)] = values.v[v];
@@ -351,13 +351,13 @@ __device__ __forceinline__ void implicit_gemm(const T* a, const T* b, const T* b
     if (k + BK < end) next(now ^ 1);
 #pragma unroll
     for (int kk = 0; kk < BK; kk++) {
-      Pack<S, F> left[TM / F], right[TN / F];
+      Vector<S, F> left[TM / F], right[TN / F];
 #pragma unroll
       for (int i = 0; i < TM / F; i++)
-        left[i] = load_pack<F>(&tile_a[now][kk][down + i * RUN_DOWN]);
+        left[i] = load_vector<F>(&tile_a[now][kk][down + i * RUN_DOWN]);
 #pragma unroll
       for (int j = 0; j < TN / F; j++)
-        right[j] = load_pack<F>(&tile_b[now][kk][across + j * RUN_ACROSS]);
+        right[j] = load_vector<F>(&tile_b[now][kk][across + j * RUN_ACROSS]);
 #pragma unroll
       for (int i = 0; i < TM; i++)
 #pragma unroll
@@ -376,11 +376,11 @@ __device__ __forceinline__ void implicit_gemm(const T* a, const T* b, const T* b
     for (int run = 0; run < TN / F; run++) {
       const int column = first_column + across + run * RUN_ACROSS;
       if (split) {
-        Pack<S, F> part;
+        Vector<S, F> part;
 #pragma unroll
         for (int v = 0; v < F; v++) part.v[v] = sum[i][run * F + v];
         if (VEC_C == F) {
-          if (column < p.columns) store_pack<F>(parts + row + column, part);
+          if (column < p.columns) store_vector<F>(parts + row + column, part);
         } else {
 #pragma unroll
           for (int v = 0; v < F; v++)
@@ -388,7 +388,7 @@ __device__ __forceinline__ void implicit_gemm(const T* a, const T* b, const T* b
         }
         continue;
       }
-      Pack<T, F> values;
+      Vector<T, F> values;
 #pragma unroll
       for (int v = 0; v < F; v++) {
         S z = sum[i][run * F + v];
@@ -397,7 +397,7 @@ __device__ __forceinline__ void implicit_gemm(const T* a, const T* b, const T* b
         values.v[v] = from_sum<T>(activate(z));
       }
       if (VEC_C == F) {
-        if (column < p.columns) store_pack<F>(c + row + column, values);
+        if (column < p.columns) store_vector<F>(c + row + column, values);
       } else {
 #pragma unroll
         for (int v = 0; v < F; v++)

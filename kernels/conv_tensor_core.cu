@@ -28,7 +28,7 @@
 //    input_grad the pixels of one remainder (a phase) are the rows of a product of their own,
 //    over their own taps: no multiplication by the zeros between gradients.
 // 7. Splits. Where there are too few tiles to fill the device, the depth is divided among
-//    blocks; each writes its sums in float32, and conv_split_sums adds them, always in the same
+//    blocks; each writes its sums in float32, and split_sum.cu adds them, always in the same
 //    order: no atomics, the same bits every time.
 //
 // How fast: the floor of a pass is the larger of 2 * rows * columns * depth over the tensor

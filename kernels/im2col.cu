@@ -30,7 +30,7 @@
 // given. Any launch of blocks in one dimension will do.
 
 #include "common.cuh"
-#include "vectors.cuh"
+#include "vector.cuh"
 #include "activations.cuh"
 
 // Sizes and options by axis (depth, rows, columns), and where the elements of the image lie.
@@ -96,11 +96,11 @@ __device__ __forceinline__ void im2col(const T* x, T* columns, const Shape& s, i
       const int u = i * s.stride[0] + o * s.dilation[0] - s.before[0];
       const int r = j * s.stride[1] + p * s.dilation[1] - s.before[1];
       const int c = l * s.stride[2] + q * s.dilation[2] - s.before[2];
-      Pack<T, VEC> values;
+      Vector<T, VEC> values;
       for (int v = 0; v < VEC; v++) values.v[v] = from_sum<T>(typename Sum<T>::type(0));
       if (u >= 0 && u < s.in[0] && r >= 0 && r < s.in[1] && c >= 0 && c < s.in[2])
-        values = load_pack<VEC>(from + u * s.image[1] + r * s.image[2] + c * s.image[3]);
-      store_pack<VEC>(columns + column_at(s, at, at.position, tap, count, per_example, per_row),
+        values = load_vector<VEC>(from + u * s.image[1] + r * s.image[2] + c * s.image[3]);
+      store_vector<VEC>(columns + column_at(s, at, at.position, tap, count, per_example, per_row),
                       values);
     }
   }
@@ -140,7 +140,7 @@ __device__ __forceinline__ void col2im(const T* columns, T* dx, typename Sum<T>:
       if (i < 0 || j < 0 || l < 0) continue;
       const Index position = (Index(i) * s.out[1] + j) * s.out[2] + l - start;
       if (position < 0 || position >= count) continue;
-      const Pack<T, VEC> values = load_pack<VEC>(
+      const Vector<T, VEC> values = load_vector<VEC>(
           columns + column_at(s, at, position, tap, count, per_example, per_row));
       for (int v = 0; v < VEC; v++) total[v] += to_sum(values.v[v]);
     }
@@ -148,9 +148,9 @@ __device__ __forceinline__ void col2im(const T* columns, T* dx, typename Sum<T>:
       for (int v = 0; v < VEC; v++) sums[e * VEC + v] = total[v];
       continue;
     }
-    Pack<T, VEC> values;
+    Vector<T, VEC> values;
     for (int v = 0; v < VEC; v++) values.v[v] = from_sum<T>(total[v]);
-    store_pack<VEC>(dx + at.n * s.image[0] + u * s.image[1] + r * s.image[2] + c * s.image[3] +
+    store_vector<VEC>(dx + at.n * s.image[0] + u * s.image[1] + r * s.image[2] + c * s.image[3] +
                         at.channel * s.image[4],
                     values);
   }

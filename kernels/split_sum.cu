@@ -1,10 +1,11 @@
 // Adds up the parts of a sum that was divided among blocks, in their order; then bias, activation.
 //
 // Where a product has few tiles and a long inner index, each of several blocks computes a part of
-// the same tile (conv_implicit_gemm.cu) and writes it here and there. A thread takes one element,
-// adds its parts first to last and writes the result where it belongs: no atomics, so the same
-// bits every time. Bytes: parts + 1 numbers an element, read in order; that is the floor, and the
-// reason to divide no further than the device needs.
+// the same tile (conv_implicit_gemm.cu, conv_tensor_core.cu) and writes it here and there. A thread
+// takes one element, adds its parts first to last and writes the result where it belongs, or adds
+// it to a total over parts of a batch: no atomics, so the same bits every time. Bytes: parts + 1
+// numbers an element, read in order; that is the floor, and the reason to divide no further than
+// the device needs.
 //
 // Compile-time constants: DTYPE_*, INDEX_64, ACT. Any launch of blocks in one dimension will do.
 
@@ -19,7 +20,8 @@ struct Result {
 
 template <typename T>
 __device__ __forceinline__ void split_sum(const typename Sum<T>::type* parts, const T* bias, T* y,
-                                          const Result& r, int count) {
+                                          typename Sum<T>::type* total, const Result& r,
+                                          int count) {
   typedef typename Sum<T>::type S;
   const Index elements = Index(r.size[0]) * r.size[1] * r.size[2] * r.size[3] * r.size[4];
   const Index threads = Index(gridDim.x) * blockDim.x;
@@ -34,6 +36,10 @@ __device__ __forceinline__ void split_sum(const typename Sum<T>::type* parts, co
       rest /= r.size[axis];
     }
     to += rest * r.stride[0];
+    if (total != nullptr) {
+      total[to] += sum;
+      continue;
+    }
     if (bias != nullptr) sum += to_sum(bias[channel]);
     y[to] = from_sum<T>(activate(sum));
   }
@@ -42,8 +48,8 @@ __device__ __forceinline__ void split_sum(const typename Sum<T>::type* parts, co
 #define KERNEL(T, TYPE)                                                                          \
   extern "C" __global__ void __launch_bounds__(256) conv_split_sum_##TYPE(                       \
       const Sum<T>::type* __restrict__ parts, const T* __restrict__ bias, T* __restrict__ y,     \
-      const Result result, int count) {                                                          \
-    split_sum<T>(parts, bias, y, result, count);                                                 \
+      Sum<T>::type* __restrict__ total, const Result result, int count) {                        \
+    split_sum<T>(parts, bias, y, total, result, count);                                          \
   }
 
 #ifdef DTYPE_F32

@@ -1,6 +1,7 @@
 // Neighbouring elements as one: loads and stores of up to 16 bytes, the widest a thread has.
 #pragma once
 
+// Aligned to all of its bytes: a load of it is one instruction.
 template <typename T, int N> struct alignas(N * sizeof(T)) Vector {
   T v[N];
 };

@@ -154,7 +154,6 @@ def test_the_variants_hold_every_kernel_dtype_layout_index_and_activation() -> N
         "conv2d_forward_gemm_64x64_f64", "conv2d_weight_grad_gemm_64x32_f64",
         "conv2d_input_grad_gemm_32x32_f64", "conv2d_forward_gemm_64x64_f16",
         "conv2d_weight_grad_gemm_64x64_bf16",
-        "conv_split_sums_f16", "conv_split_sums_f32",
     }  # fmt: skip
     kinds = {(v.dtype, kind(v)) for v in VARIANTS}
     for dtype in ("bfloat16", "float16", "float32", "float64"):

@@ -157,7 +157,7 @@ def test_offsets_of_64_bits_give_the_same(cp: Any, monkeypatch: pytest.MonkeyPat
     for name in ("dilated-strided", "grouped", "first-strided"):
         agree(cp, CASE[name], "float32")
     assert used
-    assert all(("INDEX_64", "1") in v.defines for v in used)
+    assert all(("INDEX_64", "1") in v.defines for v in used if v.file != "epilogue.cu")
 
 
 def test_a_tensor_of_more_than_2_to_the_31_elements(cp: Any) -> None:

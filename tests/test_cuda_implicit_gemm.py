@@ -79,7 +79,8 @@ def test_every_tile(
 ) -> None:
     always(monkeypatch, tile)
     agree(cp, c, dtype, "numpy_gemm")
-    assert {block for _, _, block in cp.settings.launches} == {(tile.threads, 1, 1)}
+    blocks = {block for name, _, block in cp.settings.launches if "_gemm_" in name}
+    assert blocks == {(tile.threads, 1, 1)}
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])

@@ -133,7 +133,7 @@ def test_splits_of_the_depth(force: Callable[[Tile, int], None], splits: int, dt
         for a, b in zip(first, agree(xp, SMALL, dtype), strict=True):
             assert a.tobytes() == b.tobytes()
         if not real_gpu():
-            assert any(name.startswith("conv_split_sums") for name, *_ in xp.settings.launches)
+            assert any(name.startswith("conv_split_sum_") for name, *_ in xp.settings.launches)
 
 
 @pytest.mark.parametrize(("channels", "width"), [(8, 16), (4, 8), (6, 4), (3, 8), (5, 16), (1, 4)])

@@ -506,8 +506,8 @@ NCU = """==PROF== Connected to process 1
 "0","1","conv2d_forward_f32","dram__bytes.sum","Mbyte","1,234.5"
 "0","1","conv2d_forward_f32","gpu__time_duration.sum","usecond","12.5"
 "0","1","conv2d_forward_f32","sm__throughput.avg.pct_of_peak_sustained_elapsed","%","61.25"
-"1","1","conv_split_sums","gpu__time_duration.sum","nsecond","800"
-"1","1","conv_split_sums","something.else","%","1"
+"1","1","conv_split_sum_f16","gpu__time_duration.sum","nsecond","800"
+"1","1","conv_split_sum_f16","something.else","%","1"
 ==PROF== Disconnected
 """
 
@@ -515,7 +515,7 @@ NCU = """==PROF== Connected to process 1
 def test_what_nsight_compute_prints():
     assert counters.parse(NCU) == [
         {"kernel": "conv2d_forward_f32", "bytes": 1234.5e6, "ns": 12500.0, "sm %": 61.25},
-        {"kernel": "conv_split_sums", "ns": 800.0},
+        {"kernel": "conv_split_sum_f16", "ns": 800.0},
     ]
 
 

@@ -240,7 +240,7 @@ def clear() -> None:
 
 def variants() -> Iterator[Variant]:
     """Yield variants that between them compile every kernel with every kind of constant."""
-    from gpuconv.cuda import epilogue, normalization
+    from gpuconv.cuda import epilogue, normalization, split_sum
     from gpuconv.engines import (
         cuda_atomic,
         cuda_depthwise,
@@ -255,6 +255,7 @@ def variants() -> Iterator[Variant]:
     yield from cuda_gemm.sample_variants()
     yield from cuda_implicit_gemm.sample_variants()
     yield from cuda_tensor_core.sample_variants()
+    yield from split_sum.sample_variants()
     yield from normalization.sample_variants()
     yield from epilogue.sample_variants()
     yield from cuda_depthwise.sample_variants()

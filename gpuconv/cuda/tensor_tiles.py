@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
+from gpuconv.cuda import prediction
 from gpuconv.cuda.architecture import GPU, Architecture, resident_blocks
 
 __all__ = ["TILES", "Choice", "Product", "Tile", "choose"]
@@ -141,8 +142,6 @@ class Choice:
     seconds: float
 
 
-#: Seconds between launches that follow each other, and until the first.
-_LAUNCH = 2.5e-6
 #: Clocks of a block before its first step and behind its last, of a step that nothing hides, and
 #: bytes a clock that an SM gets from the L2 cache and from its shared memory.
 _AROUND, _LATENCY, _L2, _SHARED = 2000.0, 120.0, 32.0, 128.0
@@ -187,12 +186,13 @@ def _seconds(gpu: GPU, product: Product, tile: Tile, splits: int) -> float:
     total = full * wave(resident)
     if rest:
         total += wave(_up(rest, gpu.multiprocessors))
-    seconds = _LAUNCH + max(total / gpu.clock, product.bytes / gpu.bandwidth)
+    memory = prediction.bytes_moved(gpu, product.bytes)
+    seconds = prediction.LAUNCH + max(total / gpu.clock, memory)
     if splits > 1:
         # Written and read once, from the L2 cache where it holds them.
         partial = 8 * product.results * splits
-        rate = gpu.bandwidth * (3 if partial < gpu.l2_bytes else 1)
-        seconds += _LAUNCH + partial / rate
+        near = 3 if partial < gpu.l2_bytes else 1
+        seconds += prediction.LAUNCH + prediction.bytes_moved(gpu, partial) / near
     return seconds
 
 

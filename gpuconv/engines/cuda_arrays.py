@@ -23,6 +23,7 @@ __all__ = [
     "WIDE_FROM",
     "by_axis",
     "copied",
+    "dense_strides",
     "element_strides",
     "examples_at_once",
     "needs_wide_index",
@@ -107,6 +108,14 @@ def stored_weights(problem: ConvProblem, view: Array) -> Array:
     if problem.layout != CHANNELS_FIRST:
         return view
     return view.transpose(problem.ndim + 1, problem.ndim, *range(problem.ndim))
+
+
+def dense_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the strides of a dense array, in elements."""
+    strides = [1]
+    for n in shape[:0:-1]:
+        strides.append(strides[-1] * n)
+    return tuple(reversed(strides))
 
 
 def element_strides(array: Array) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
+from gpuconv.cuda import prediction
 from gpuconv.cuda.architecture import GPU, resident_blocks
 from gpuconv.engines.base import Engine, Pass
 from gpuconv.engines.cuda_arrays import three
@@ -47,13 +48,10 @@ _MOST_TEXT = 1600
 _MOST_COLUMNS = 32
 #: Bytes on their way to an SM that keep the memory busy (latency times bandwidth).
 _IN_FLIGHT = 40_000
-#: Bytes a clock between a multiprocessor and its L1 cache, and the share of the memory's
-#: bandwidth that copies reach.
-_L1_BYTES, _REACHED = 128, 0.9
+#: Bytes a clock between a multiprocessor and its L1 cache.
+_L1_BYTES = 128
 #: Instructions of a thread beside its rows: its place, borders, weights.
 _PER_THREAD = 200
-#: Seconds of a launch.
-_LAUNCH = 4e-6
 
 _Axes = tuple[int, int, int]
 
@@ -430,7 +428,7 @@ def predicted(problem: ConvProblem, pass_: Pass, tile: Tile, device: GPU) -> flo
     again = max(0, moved.images + moved.written - least)
     if pass_ == "weight_grad" and cut.shares > 1:
         again += 16 * cut.shares * math.prod(problem.w_shape) * max(4, problem.itemsize)
-    memory = (least + again / 8) / (device.bandwidth * _REACHED * min(1.0, flight / _IN_FLIGHT))
+    memory = prediction.bytes_moved(device, least + again / 8) / min(1.0, flight / _IN_FLIGHT)
     spread = min(1.0, blocks / count)
     # Of the lines that a warp asks for at once, the part that it needs.
     narrow = 32 * tile.vector * tile.loaded * problem.itemsize
@@ -456,9 +454,9 @@ def predicted(problem: ConvProblem, pass_: Pass, tile: Tile, device: GPU) -> flo
     arithmetic += cut.threads * each / (128 * count * device.clock)
     arithmetic /= spread * hidden
     launches = 1 if pass_ != "weight_grad" or cut.shares == 1 else 2
-    waves = blocks / (resident * count)
-    tail = math.ceil(waves) / waves if waves > 1 else 1.0
-    return launches * _LAUNCH + max(memory, cache, arithmetic) * min(tail, 1.5)
+    at_once = resident * count
+    tail = 1 / prediction.wave_share(blocks, at_once) if blocks > at_once else 1.0
+    return launches * prediction.LAUNCH + max(memory, cache, arithmetic) * min(tail, 1.5)
 
 
 @lru_cache(maxsize=4096)

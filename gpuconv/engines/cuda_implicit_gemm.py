@@ -13,10 +13,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
-
 from gpuconv.activations import Activation, get_activation
-from gpuconv.cuda import architecture, kernels, runtime, tiles
+from gpuconv.cuda import architecture, kernels, runtime, split_sum, tiles
 from gpuconv.cuda.tiles import DEPTH, TILES, Choice, Tile
 from gpuconv.engines import cuda_arrays
 from gpuconv.engines.base import Engine, Pass, bias_grad
@@ -55,15 +53,6 @@ def _variant(
     return kernels.Variant("conv_implicit_gemm.cu", dtype, constants, (name,))
 
 
-@lru_cache(maxsize=256)
-def _sum_variant(dtype: str, wide_index: bool, activation: Activation | None) -> kernels.Variant:
-    defines = dict(kernels.activation_defines(activation))
-    if wide_index:
-        defines["INDEX_64"] = "1"
-    name = f"conv_split_sum_{kernels.suffix(dtype)}"
-    return kernels.Variant("split_sum.cu", dtype, tuple(sorted(defines.items())), (name,))
-
-
 def sample_variants() -> Iterator[kernels.Variant]:
     """Yield variants of every tile and dtype, and of every pass, width, direction and index."""
     relu = get_activation("ReLU")
@@ -90,8 +79,6 @@ def sample_variants() -> Iterator[kernels.Variant]:
         yield _variant("float64", 2, pass_, pass_ == "input_grad", tile, packs, False, None)
     yield _variant("float16", 2, "forward", False, square, wide, False, None)
     yield _variant("bfloat16", 2, "weight_grad", False, square, along, False, None)
-    for dtype in CudaImplicitGemm.dtypes:
-        yield _sum_variant(dtype, dtype == "float64", relu)
 
 
 @dataclass(frozen=True)
@@ -206,7 +193,7 @@ class CudaImplicitGemm(Engine):
         """Choose a tile and work out the launch."""
         shape, choice = shape_of(problem, pass_), self._choice(problem, pass_)
         tile, phases = choice.tile, strided(problem, pass_)
-        result = element_strides(c) if choice.parts == 1 else _dense(c.shape)
+        result = element_strides(c) if choice.parts == 1 else cuda_arrays.dense_strides(c.shape)
         product = describe(problem, pass_, element_strides(a), element_strides(b), result)
         packs = product.packs(problem, pass_, aligned)
         far = max(*(reach(array) for array in (a, b, c)), math.prod(c.shape))
@@ -237,30 +224,15 @@ class CudaImplicitGemm(Engine):
         )
 
 
-def _dense(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the strides of a dense array."""
-    strides = [1]
-    for n in shape[:0:-1]:
-        strides.append(strides[-1] * n)
-    return tuple(reversed(strides))
-
-
 def _adder(
     c: Array, parts: int, activation: Activation | None, wide: bool,
     device: int,
 ) -> Callable[[Array, Any, Array], None]:  # fmt: skip
     """Return what adds up ``parts`` parts of an array like ``c``."""
-    index = np.int64 if wide else np.int32
-    made = np.zeros(1, np.dtype([("size", np.int32, (5,)), ("stride", index, (5,))], align=True))
-    missing = 5 - len(c.shape)
-    made["size"] = (*(1,) * missing, *c.shape)
-    made["stride"] = (*(0,) * missing, *element_strides(c))
-    variant = _sum_variant(c.dtype.name, wide, activation)
-    kernel = kernels.function(variant, variant.functions[0], device)
-    grid, block = (kernels.grid_for(math.prod(c.shape), device),), (kernels.BLOCK,)
-    count = np.int32(parts)
+    dtype, shape, strides = c.dtype.name, c.shape, element_strides(c)
 
     def add(sums: Array, bias: Any, result: Array) -> None:
-        kernel(grid, block, (sums, bias, result, made, count))
+        arrays = sums, bias, result, NULL
+        split_sum.launch(dtype, shape, strides, parts, wide, arrays, device, activation)
 
     return add

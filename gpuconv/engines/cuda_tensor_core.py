@@ -18,7 +18,7 @@ import numpy as np
 
 from gpuconv import settings
 from gpuconv.activations import Activation, get_activation
-from gpuconv.cuda import architecture, kernels, runtime, tensor_tiles
+from gpuconv.cuda import architecture, kernels, prediction, runtime, split_sum, tensor_tiles
 from gpuconv.cuda.architecture import GPU
 from gpuconv.cuda.tensor_tiles import Choice, Product, Tile
 from gpuconv.device import probe
@@ -80,14 +80,6 @@ def _variant(
     )
 
 
-@lru_cache(maxsize=64)
-def _sums_variant(dtype: str, activation: Activation | None) -> kernels.Variant:
-    """Return the specialisation of ``conv_split_sums.cu``."""
-    name = f"conv_split_sums_{kernels.suffix(dtype)}"
-    defines = {"KERNEL": name, **kernels.activation_defines(activation)}
-    return kernels.Variant("conv_split_sums.cu", dtype, tuple(sorted(defines.items())), (name,))
-
-
 def sample_variants() -> Iterator[kernels.Variant]:
     """Yield variants that between them hold every tile, pass, dtype, width of copies and rank."""
     relu = get_activation("ReLU")
@@ -105,8 +97,6 @@ def sample_variants() -> Iterator[kernels.Variant]:
         product = Product(pass_, size, copy, 1, 1, 1, 1, 1, 1, axes == 3 or wide)
         activation = relu if pass_ == "forward" else None
         yield _variant(tile, product, dtype, axes, capability, wide, activation)
-    for dtype in ("float16", "float32"):
-        yield _sums_variant(dtype, relu)
 
 
 # ---------------------------------------------------------------------------------------- plans
@@ -169,7 +159,9 @@ class _Plan:
     """What a launch needs beside the arrays."""
 
     variant: kernels.Variant
-    sums: kernels.Variant
+    activation: Activation | None
+    shape: tuple[int, ...]
+    wide_index: bool
     grid: tuple[int]
     block: tuple[int]
     splits: int
@@ -199,19 +191,22 @@ def _plan(problem: ConvProblem, pass_: Pass, gpu: GPU, room: int, wide_from: int
     )  # fmt: skip
     tiles = -(-product.rows // tile.rows) * -(-product.columns // tile.columns)
     activation = problem.activation if pass_ == "forward" else None
-    capability = gpu.capability
+    capability, wide = gpu.capability, _is_wide(problem, wide_from)
     variant = _variant(
         tile,
         product,
         problem.dtype,
         3 if problem.ndim == 3 else 2,
         capability,
-        _is_wide(problem, wide_from),
+        wide,
         None if splits > 1 else activation,
     )
+    shapes = {"forward": problem.y_shape, "input_grad": problem.x_shape}
     return _Plan(
         variant,
-        _sums_variant(problem.dtype, activation),
+        activation,
+        shapes.get(pass_, problem.w_shape),
+        wide,
         (tiles * product.count * splits,),
         (tile.threads,),
         splits,
@@ -303,7 +298,7 @@ class CudaTensorCore(Engine):
         gpu = architecture.gpu()
         copied = sum(self._copies(problem, pass_))
         return self._choice(problem, pass_).seconds + (
-            1e-5 + 3 * problem.batch * copied / gpu.bandwidth if copied else 0.0
+            1e-5 + prediction.bytes_moved(gpu, 3 * problem.batch * copied) if copied else 0.0
         )
 
     def workspace(self, problem: ConvProblem, pass_: Pass) -> int:
@@ -455,19 +450,14 @@ def _launch(
         plan.variant.shared_bytes,
     )
     if divided:
-        kernels.launch(
-            plan.sums,
-            plan.sums.functions[0],
+        into = arrays[2], arrays[3], NULL if total is None else total
+        split_sum.launch(
+            problem.dtype,
+            plan.shape,
+            cuda_arrays.dense_strides(plan.shape),
+            plan.splits,
+            plan.wide_index,
+            (partial, *into),
             device,
-            (kernels.grid_for(plan.results, device),),
-            (kernels.BLOCK,),
-            (
-                partial,
-                arrays[2],
-                arrays[3],
-                NULL if total is None else total,
-                np.int64(plan.results),
-                np.int32(plan.splits),
-                np.int32(problem.out_channels),
-            ),
+            plan.activation,
         )

@@ -19,7 +19,7 @@ import numpy as np
 
 from gpuconv import settings
 from gpuconv.activations import Activation, get_activation
-from gpuconv.cuda import kernels, runtime
+from gpuconv.cuda import architecture, kernels, runtime
 from gpuconv.engines import cuda_arrays
 from gpuconv.engines.base import Engine, Pass, bias_grad
 from gpuconv.engines.cuda_arrays import NULL
@@ -101,7 +101,7 @@ def sample_variants() -> Iterator[kernels.Variant]:
 
 def _planned(problem: ConvProblem, pass_: Pass) -> Plan:
     device = int(runtime.cupy().cuda.runtime.getDevice())
-    return plan_of(problem, pass_, settings.get_workspace_limit(), device)
+    return plan_of(problem, pass_, settings.get_workspace_limit(), architecture.gpu(device))
 
 
 class CudaWinograd(Engine):

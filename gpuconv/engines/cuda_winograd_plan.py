@@ -6,13 +6,12 @@ the facts of the device, without timing.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
-from gpuconv.cuda import architecture
+from gpuconv.cuda import architecture, prediction
 from gpuconv.engines.base import Pass
 from gpuconv.engines.toom_cook import Filtering, filtering
 from gpuconv.problem import ConvProblem
@@ -39,12 +38,10 @@ LARGEST = {"float64": 4}
 ALIGN = 8
 #: Tiles that a partial product of the weight gradient has at least.
 SEGMENT = 512
-#: Fraction of the peak that cuBLAS reaches, and of the bandwidth that copies reach.
-PRODUCT, COPY = 0.8, 0.85
+#: Fraction of the peak that cuBLAS reaches.
+PRODUCT = 0.8
 #: How much faster what stays in the second cache is read.
 NEAR = 2.5
-#: Seconds of a launch.
-LAUNCH = 5e-6
 
 
 @dataclass(frozen=True)
@@ -162,29 +159,26 @@ def _seconds(
     """Return the predicted time: launches, transforms by their bytes, products."""
     size = _size(problem)
     c, o, groups = problem.in_channels, problem.out_channels, problem.groups
-    rate = COPY * gpu.bandwidth
     at_once = min(tiles, chunk) * factors * (c + o) * size
-    near = rate * (NEAR if at_once < gpu.l2_bytes / 2 else 1)
+    near = NEAR if at_once < gpu.l2_bytes / 2 else 1
     cells = tiles * (c + o) * tile * tile * problem.itemsize
-    moved = tiles * (c + o) * factors * size
+    moved = prediction.bytes_moved(gpu, tiles * (c + o) * factors * size) / near
     filters = factors * _weights(problem) * size * segments
-    transforms = cells / rate + moved / near + 2 * filters / rate
+    transforms = prediction.bytes_moved(gpu, cells + 2 * filters) + moved
     # Matrix products come in blocks: what is narrower takes as long.
     wide = {"forward": o, "input_grad": c, "weight_grad": o}[pass_] // groups
     other = (c + o) // groups - wide
     high = other if pass_ == "weight_grad" else min(tiles, chunk)
-    waves = factors * groups * segments * -(-high // 128) * -(-wide // 64) / gpu.multiprocessors
-    fill = waves / math.ceil(waves)
+    blocks = factors * groups * segments * -(-high // 128) * -(-wide // 64)
+    fill = prediction.wave_share(blocks, gpu.multiprocessors)
     flops = 2.0 * factors * tiles * groups * round_up(other, 8) * round_up(wide, 32)
     product = flops / (PRODUCT * gpu.flops(wide_dtype(problem)) * fill)
     launches = 1 + 3 * -(-tiles // chunk)
-    return launches * LAUNCH + transforms + max(product, moved / near)
+    return launches * prediction.LAUNCH + transforms + max(product, moved)
 
 
 @lru_cache(maxsize=1024)
-def plan_of(problem: ConvProblem, pass_: Pass, limit: int, device: int) -> Plan:
-    """Return the plan of least cost."""
-    gpu = architecture.gpu(device)
+def plan_of(problem: ConvProblem, pass_: Pass, limit: int, gpu: architecture.GPU) -> Plan:
     target = problem.in_shape if pass_ == "input_grad" else problem.out_shape
     plans = [
         cut(problem, pass_, tile, limit, gpu)

@@ -30,7 +30,7 @@ from gpuconv.activations import (
     SoftPlus,
     Tanh,
 )
-from gpuconv.cuda import architecture, cudnn, runtime
+from gpuconv.cuda import architecture, cudnn, prediction, runtime
 from gpuconv.engines.base import Engine, Pass, bias_grad
 from gpuconv.engines.cuda_arrays import copied, needs_wide_index, parts, stored_image
 from gpuconv.problem import CHANNELS_FIRST, ConvProblem
@@ -41,7 +41,7 @@ Array = Any
 
 _KINDS: dict[Pass, str] = {"forward": "fprop", "input_grad": "dgrad", "weight_grad": "wgrad"}
 #: Fraction of the peak that its kernels are taken to reach, and of the bandwidth.
-PEAK, COPY = 0.7, 0.85
+PEAK = 0.7
 #: Seconds of a call: graph, workspace, stream.
 CALL = 1.5e-5
 #: Channels of a group under which its kernels compute on zeros.
@@ -85,7 +85,7 @@ class Cudnn(Engine):
         # Without TF32 (7.x) its tensor cores have no rate for float32.
         peak = gpu.flops(problem.dtype, tensor) or gpu.flops(problem.dtype)
         rate = PEAK * peak * min(1.0, narrow / NARROW)
-        return CALL + max(problem.flops / rate, problem.bytes / (COPY * gpu.bandwidth))
+        return CALL + max(problem.flops / rate, prediction.bytes_moved(gpu, problem.bytes))
 
     def workspace(self, problem: ConvProblem, pass_: Pass) -> int:
         """Return the bytes of the plan's workspace and of the weights in cuDNN's order."""
