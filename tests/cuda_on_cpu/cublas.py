@@ -80,7 +80,8 @@ class Cublas:
         right = (b.transpose(0, 2, 1) if transb else b).astype(wide)
         number = ctypes.c_double if wide == "float64" else ctypes.c_float
         by, keep = number.from_address(alpha).value, number.from_address(beta).value
-        total = by * (left @ right)
+        with np.errstate(all="ignore"):  # a GPU does not warn of NaN
+            total = by * (left @ right)
         if keep:  # where it is 0, C is not read
             total += keep * c.astype(wide)
         c[...] = total.astype(c.dtype)
