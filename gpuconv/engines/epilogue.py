@@ -18,6 +18,7 @@ from gpuconv.engines.base import Engine, epilogue_grad
 from gpuconv.engines.im2col import run_shares, scratch, wide_dtype, worker_count
 from gpuconv.engines.windows import Block, blocks
 from gpuconv.problem import ConvProblem
+from gpuconv.profiling import ranges
 
 __all__ = ["backward_by_parts", "bias_sums", "output_grad"]
 
@@ -129,9 +130,11 @@ def backward_by_parts(
     activation = problem.activation
     if activation is None or y is None:
         if by_x is not None and dx is not None:
-            by_x.input_grad(plain, dy, w, dx)
+            with ranges.convolution(plain, "input_grad", by_x):
+                by_x.input_grad(plain, dy, w, dx)
         if by_w is not None:
-            by_w.weight_grad(plain, dy, x, dw, db)
+            with ranges.convolution(plain, "weight_grad", by_w):
+                by_w.weight_grad(plain, dy, x, dw, db)
         return
     dtype = wide_dtype(problem.dtype)
     example = math.prod(problem.y_shape[1:]) * dtype.itemsize
@@ -150,9 +153,11 @@ def backward_by_parts(
             targets.append(result if direct or result is None else np.empty(result.shape, dtype))
         output_grad(dy[some], y[some], activation, dz, targets[1])
         if by_x is not None and dx is not None:
-            by_x.input_grad(part, dz, w, dx[some])
+            with ranges.convolution(part, "input_grad", by_x):
+                by_x.input_grad(part, dz, w, dx[some])
         if by_w is not None and targets[0] is not None:
-            by_w.weight_grad(part, dz, x[some], targets[0], None)
+            with ranges.convolution(part, "weight_grad", by_w):
+                by_w.weight_grad(part, dz, x[some], targets[0], None)
         if chunk < problem.batch:
             for k, value in enumerate(targets):
                 total = sums[k]

@@ -104,7 +104,7 @@ def conv(
         if not plan.empty:
             chosen = dispatch.choose(problem, "forward", where.kind)
             with (
-                ranges.convolution(problem, "forward", chosen.name),
+                ranges.convolution(problem, "forward", chosen),
                 one_blas_thread(problem, where.kind),
             ):
                 chosen.forward(
@@ -196,12 +196,11 @@ def _run_backward(
     by_w = dispatch.choose(plan.plain, "weight_grad", kind) if weights else None
     whole = by_x or by_w
     if whole is not None and whole.fused_backward and all(e in (whole, None) for e in (by_x, by_w)):
-        with ranges.convolution(plan.problem, "backward", whole.name):
+        with ranges.convolution(plan.problem, "backward", whole):
             whole.backward(plan.problem, dy, x, w, y, dx, dw, db)
         return
-    names = " ".join(dict.fromkeys(e.name for e in (by_x, by_w) if e is not None))
     if plan.problem.dtype in COMPLEX:
-        with ranges.convolution(plan.problem, "backward", names):
+        with ranges.convolution(plan.problem, "backward", by_x, by_w):
             if by_x is not None and dx is not None:
                 by_x.input_grad(plan.plain, dy, w.conj(), dx)
             if by_w is not None:
@@ -209,13 +208,12 @@ def _run_backward(
         return
     if kind == "cpu":
         with (
-            ranges.convolution(plan.problem, "backward", names),
+            ranges.convolution(plan.problem, "backward", by_x, by_w),
             one_blas_thread(plan.problem, kind),
         ):
-            by_x, by_w = ranges.watched(by_x), ranges.watched(by_w)
             backward_by_parts(plan.problem, plan.plain, by_x, by_w, dy, x, w, y, dx, dw, db)
         return
-    with ranges.convolution(plan.problem, "backward", names):
+    with ranges.convolution(plan.problem, "backward", by_x, by_w):
         _on_device(plan.problem, plan.plain, by_x, by_w, dy, x, w, y, dx, dw, db)
 
 
@@ -239,10 +237,10 @@ def _on_device(
     def work(part: ConvProblem, some: slice | None, dw: Array | None, db: Array | None) -> None:
         dz = output_grad(at(dy, some), at(y, some), activation, db, first)
         if by_x is not None and dx is not None:
-            with ranges.convolution(part, "input_grad", by_x.name):
+            with ranges.convolution(part, "input_grad", by_x):
                 by_x.input_grad(part, dz, w, at(dx, some))
         if by_w is not None and dw is not None:
-            with ranges.convolution(part, "weight_grad", by_w.name):
+            with ranges.convolution(part, "weight_grad", by_w):
                 by_w.weight_grad(part, dz, at(x, some), dw, None)
 
     over_parts(plain, example_bytes(dy, y, activation, db, first), dw, db, work)

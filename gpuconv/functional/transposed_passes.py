@@ -90,7 +90,7 @@ def conv_transpose(
             chosen = dispatch.choose(problem, "input_grad", where.kind)
             result = last(y, plan.x_axes)
             with (
-                ranges.convolution(problem, "transposed", chosen.name),
+                ranges.convolution(problem, "transposed", chosen),
                 one_blas_thread(problem, where.kind),
             ):
                 chosen.input_grad(problem, last(x, plan.x_axes), last(w, plan.w_axes), result)
@@ -201,11 +201,10 @@ def _run_backward(
     problem = plan.problem
     by_x = dispatch.choose(problem, "forward", kind) if dx is not None else None
     by_w = dispatch.choose(problem, "weight_grad", kind) if dw is not None else None
-    names = " ".join(dict.fromkeys(e.name for e in (by_x, by_w) if e is not None))
     if problem.dtype in COMPLEX:
         w = w.conj()
     with (
-        ranges.convolution(problem, "transposed_backward", names or "bias"),
+        ranges.convolution(problem, "transposed_backward", by_x, by_w),
         one_blas_thread(problem, kind),
     ):
         first = problem.layout == CHANNELS_FIRST

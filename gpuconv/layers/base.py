@@ -182,7 +182,7 @@ class LayerBase(Layer):
         TypeError, ValueError
             If the layer takes no such input; nothing is changed then.
         """
-        with ranges.of(self, "forward"):
+        with ranges.of(self, "forward", X):
             X = self._accepted(X)
             Y = self._forward(X, retain_derived)
             if retain_derived:
@@ -193,7 +193,7 @@ class LayerBase(Layer):
         self, dLdy: Array | list[Array], retain_grads: bool, input_grad: bool = True
     ) -> Array | list[Array]:
         """Do :meth:`backward`'s work, frozen or not: how a network passes gradients on."""
-        with ranges.of(self, "backward"):
+        with ranges.of(self, "backward", self.X[-1] if self.X else None):
             found = [
                 self._backward(dy, k, input_grad, retain_grads and bool(self.parameters))
                 for k, dy in enumerate(self._taken(dLdy))
@@ -377,6 +377,10 @@ class LayerBase(Layer):
             If the layer is frozen.
         """
         self._check_trainable()
+        if not self.parameters:  # nothing that would be worth a range
+            self.optimizer.step()
+            self.discard()
+            return
         with ranges.of(self, "update"):
             self.optimizer.step()
             for name, gradient in self.gradients.items():

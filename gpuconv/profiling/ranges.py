@@ -16,11 +16,11 @@ installed the sink is followed: what the engines' own threads do happens within 
 from __future__ import annotations
 
 import os
-import threading
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
+from threading import get_ident
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "REST", "STEP", "VALIDATION", "NvtxSink", "Sink", "convolution", "install", "label", "name_layers", "named_ranges", "of",
-    "part", "watched",
+    "part",
 ]  # fmt: skip
 
 Array = Any
@@ -46,20 +46,23 @@ VALIDATION = "validation"
 class Sink(Protocol):
     """What follows the ranges."""
 
-    def begin(self, owner: Any, pass_: str, problem: ConvProblem | None, engines: str) -> None:
-        """A range begins.
+    def begin(self, owner: Any, pass_: str, x: Array | None) -> None:
+        """A layer's pass begins, or a part of a step.
 
         Parameters
         ----------
-        owner : LayerBase, str or None
-            The layer; a part of a step by its name; None for a convolution.
+        owner : LayerBase or str
+            The layer; a part of a step by its name.
         pass_ : str
             Such as ``"forward"``.
-        problem : ConvProblem or None
-            The convolution.
-        engines : str
-            What computes it.
+        x : ndarray or None
+            The layer's input, if it has one. Not to be kept: it holds memory.
         """
+
+    def convolution(
+        self, problem: ConvProblem, pass_: str, engine: Engine | None, other: Engine | None
+    ) -> None:
+        """A convolution's pass begins; one or two engines compute it."""
 
     def end(self) -> None:
         """The range that began last ends."""
@@ -68,10 +71,10 @@ class Sink(Protocol):
 class _End:
     """The end of every range under a sink: one object, as one a range would cost at every call."""
 
-    __slots__ = ("_sink",)
+    __slots__ = ("_end",)
 
     def __init__(self, sink: Sink) -> None:
-        self._sink = sink
+        self._end = sink.end
 
     def __enter__(self) -> None:
         """Do nothing: the range has begun."""
@@ -82,7 +85,7 @@ class _End:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._sink.end()
+        self._end()
 
 
 _NOTHING: AbstractContextManager[None] = nullcontext()
@@ -91,12 +94,12 @@ _end: AbstractContextManager[None] = _NOTHING
 _thread = 0
 
 
-def of(owner: Any, pass_: str) -> AbstractContextManager[None]:
-    """Begin the range of a layer's pass; return what ends it, to be entered at once."""
+def of(owner: Any, pass_: str, x: Array | None = None) -> AbstractContextManager[None]:
+    """Begin the range of a layer's pass over ``x``; return what ends it, to be entered at once."""
     sink = _sink
-    if sink is None or threading.get_ident() != _thread:
+    if sink is None or get_ident() != _thread:
         return _NOTHING
-    sink.begin(owner, pass_, None, "")
+    sink.begin(owner, pass_, x)
     return _end
 
 
@@ -104,12 +107,14 @@ def of(owner: Any, pass_: str) -> AbstractContextManager[None]:
 part = of
 
 
-def convolution(problem: ConvProblem, pass_: str, engines: str) -> AbstractContextManager[None]:
+def convolution(
+    problem: ConvProblem, pass_: str, engine: Engine | None, other: Engine | None = None
+) -> AbstractContextManager[None]:
     """Begin the range of a convolution's pass; return what ends it, to be entered at once."""
     sink = _sink
-    if sink is None or threading.get_ident() != _thread:
+    if sink is None or get_ident() != _thread:
         return _NOTHING
-    sink.begin(None, pass_, problem, engines)
+    sink.convolution(problem, pass_, engine, other)
     return _end
 
 
@@ -117,35 +122,9 @@ def install(sink: Sink | None) -> Sink | None:
     """Let ``sink`` follow the ranges of this thread from now on; return what did so before."""
     global _sink, _end, _thread
     before = _sink
-    _sink, _thread = sink, threading.get_ident()
+    _sink, _thread = sink, get_ident()
     _end = _NOTHING if sink is None else _End(sink)
     return before
-
-
-class _Watched:
-    """An engine whose gradients sit in ranges, for callers that are handed engines."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
-
-    def input_grad(self, problem: ConvProblem, *arrays: Array) -> None:
-        with convolution(problem, "input_grad", self._engine.name):
-            self._engine.input_grad(problem, *arrays)
-
-    def weight_grad(self, problem: ConvProblem, *arrays: Array) -> None:
-        with convolution(problem, "weight_grad", self._engine.name):
-            self._engine.weight_grad(problem, *arrays)
-
-
-def watched(engine: Engine | None) -> Engine | None:
-    """Return the engine with a range around each gradient; itself while nothing follows."""
-    if _sink is None or engine is None:
-        return engine
-    made: Any = _Watched(engine)
-    return made  # type: ignore[no-any-return]
 
 
 # ------------------------------------------------------------------------------------- names
@@ -181,11 +160,16 @@ def label(owner: Any) -> str:
     return _names.get(owner) or describe(owner)
 
 
+def engine_names(*engines: Engine | None) -> str:
+    """Return the names of what computes a pass, each once."""
+    return " ".join(dict.fromkeys(e.name for e in engines if e is not None))
+
+
 @lru_cache(maxsize=4096)
 def convolution_name(problem: ConvProblem, pass_: str, engines: str) -> str:
     """Return a convolution's pass as profilers show it."""
     x, w = ("x".join(map(str, shape)) for shape in (problem.x_shape, problem.w_shape))
-    what = f"{engines} {problem.dtype} {problem.layout} {x} * {w}"
+    what = f"{engines} {problem.dtype} {problem.layout} {x} * {w}".lstrip()
     return f"gpuconv.conv{problem.ndim}d.{pass_}[{what}]"
 
 
@@ -198,13 +182,15 @@ class NvtxSink:
     def __init__(self) -> None:
         self._nvtx = runtime.cupy().cuda.nvtx
 
-    def begin(self, owner: Any, pass_: str, problem: ConvProblem | None, engines: str) -> None:
+    def begin(self, owner: Any, pass_: str, x: Array | None) -> None:
         """Push a range."""
-        if problem is not None:
-            name = convolution_name(problem, pass_, engines)
-        else:
-            name = f"gpuconv.{label(owner)}.{pass_}"
-        self._nvtx.RangePush(name)
+        self._nvtx.RangePush(f"gpuconv.{label(owner)}.{pass_}")
+
+    def convolution(
+        self, problem: ConvProblem, pass_: str, engine: Engine | None, other: Engine | None
+    ) -> None:
+        """Push a range."""
+        self._nvtx.RangePush(convolution_name(problem, pass_, engine_names(engine, other)))
 
     def end(self) -> None:
         """Pop it."""

@@ -1,32 +1,45 @@
-"""The built-in profiler: how long each pass of each layer takes, by the device's own clock."""
+"""The built-in profiler: how long each pass of each layer takes, by the device's own clock.
+
+Inside a step only what cannot be had later is noted: who begins, and when. All else is worked out
+between steps, a few dozen of them at a time, and once for all steps that are alike.
+"""
 
 from __future__ import annotations
 
 import atexit
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from gpuconv.device import Device, device, parse_device
 from gpuconv.problem import ConvProblem
 from gpuconv.profiling import ranges
 from gpuconv.profiling.floors import Floors
+from gpuconv.profiling.patterns import Pattern, Seconds
 from gpuconv.profiling.ranges import REST, STEP
 from gpuconv.profiling.table import Row, beyond, format_rows
-from gpuconv.profiling.timing import Clock, clock_for
+from gpuconv.profiling.timing import Clock, HostClock, clock_for
 
-__all__ = ["Recorder", "Span", "layer_work", "record_process"]
+if TYPE_CHECKING:
+    from gpuconv.engines.base import Engine
 
-#: Spans that are kept before they are added up; a clock that waits is asked only then.
+__all__ = ["Recorder", "Span", "record_process"]
+
+#: Marks that are kept before they are added up; a clock that waits is asked only then.
 PENDING = 4096
 #: Spans that the trace keeps.
 TRACED = 200_000
+#: Patterns of one length that are looked through: shapes that never come again are many.
+RECENT = 16
 
 
 class Span(NamedTuple):
-    """One range, for the trace. Made at every pass: a tuple costs a third of a frozen dataclass.
+    """One range, for the trace.
 
     Attributes
     ----------
@@ -57,28 +70,24 @@ class Span(NamedTuple):
     bytes: int
 
 
-class _Frame:
-    """A range. Made at every pass of every layer: what it mostly has is its class's."""
+class _Block(NamedTuple):
+    """Outermost ranges that have the same pattern: when they began, and their marks after that.
 
-    split = False  # convolutions inside have ranges of their own
-    start: Any = None
-    end: Any = None
-    depth = 0
-    inner: bool | None = False
-    work = (0, 0)
+    All in seconds; the first two by the clock, the others by the host's.
+    """
 
-    def __init__(
-        self, owner: Any, name: str, pass_: str, problem: ConvProblem | None, engines: str
-    ) -> None:
-        self.owner, self.name, self.pass_ = owner, name, pass_
-        self.problem, self.engines = problem, engines
+    pattern: Pattern
+    starts: Seconds
+    seconds: Seconds
+    host_starts: Seconds
+    host_seconds: Seconds
 
 
 @dataclass
 class _Sum:
     """What a row adds up."""
 
-    engines: dict[str, None]
+    engines: dict[str, None] = field(default_factory=dict)
     dtype: str = ""
     calls: int = 0
     seconds: float = 0.0
@@ -105,8 +114,6 @@ class Recorder:
 
     Attributes
     ----------
-    spans : list of Span
-        For the trace; the first few hundred thousand.
     steps : int
         Steps of training that were counted.
     wall, outside : float
@@ -119,20 +126,23 @@ class Recorder:
         self.place = device() if place is None else parse_device(place)
         self.clock = clock or clock_for(self.place)
         self.skip = skip
-        self.spans: list[Span] = []
         self.steps = 0
         self.wall = 0.0
         self.outside = 0.0
-        self._mark = self.clock.mark
-        self._stack: list[_Frame] = []
-        self._pending: list[_Frame] = []
-        self._labels: dict[int, tuple[Any, str]] = {}
-        self._rows: dict[tuple[str, str], _Sum] = {}
-        self._works: dict[tuple[int, str, int], tuple[int, int]] = {}
-        self._origin: Any = None
-        self._children: list[float] = []
-        self._begun = 0
         self._before: ranges.Sink | None = None
+        # What is noted: who begins and what ends, when, and where outermost ranges end in these.
+        self._entries: list[Any] = []
+        self._marks: list[Any] = []
+        self._ends: list[tuple[int, int]] = []
+        self._depth = 0
+        self._clock = self.clock.mark
+        # What is made of it.
+        self._origin: Any = None
+        self._begun = 0
+        self._patterns: list[Pattern] = []
+        self._recent: dict[int, list[Pattern]] = {}
+        self._traced: list[_Block] = []
+        self._spans = 0
 
     # ---------------------------------------------------------------------------- following
 
@@ -149,138 +159,155 @@ class Recorder:
         ranges.install(self._before)
         self._fold()
 
-    def begin(self, owner: Any, pass_: str, problem: ConvProblem | None, engines: str) -> None:
-        """Open a range."""
-        stack = self._stack
-        if owner is not None:
-            found = self._labels.get(id(owner))
-            if found is None:  # the owner is kept, so that its id stays its own
-                found = self._labels[id(owner)] = owner, ranges.label(owner)
-            name = found[1]
-        elif stack and stack[-1].name != STEP:
-            name = stack[-1].name
-        else:
-            name = str(problem)
-        if not stack:
-            if self._origin is None:
-                self._origin = self._mark()
-            if name == STEP:
-                self._begun += 1
-        elif problem is not None:
-            stack[-1].split = True
-        frame = _Frame(owner, name, pass_, problem, engines)
-        stack.append(frame)
-        frame.start = self._mark()
+    # These run at every pass of every layer: they append, and nothing else. A tuple a range costs
+    # more than its making: it stays, and the next step's lies elsewhere in memory.
+
+    def begin(self, owner: Any, pass_: str, x: Any = None) -> None:
+        """Open a layer's range, or that of a part of a step."""
+        self._depth += 1
+        self._entries += (owner, pass_, None if x is None else getattr(x, "shape", None))
+        self._marks.append(self._clock())
+
+    def convolution(
+        self, problem: ConvProblem, pass_: str, engine: Engine | None, other: Engine | None
+    ) -> None:
+        """Open a convolution's range."""
+        self._depth += 1
+        self._entries += (problem, pass_, engine, other)
+        self._marks.append(self._clock())
 
     def end(self) -> None:
-        """Close it."""
-        mark, stack = self._mark(), self._stack
-        frame = stack.pop()
-        if 0 < self._begun <= self.skip:
-            return
-        frame.end = mark
-        if frame.problem is not None or (type(frame.owner) is not str and not frame.split):
-            frame.work = self._work(frame)
-        if stack:
-            last = stack[-1]
-            frame.depth = len(stack)
-            frame.inner = last.name == frame.name and last.pass_ == frame.pass_
-        # Where there are steps, the layers' rows are of these alone; the trace shows all.
-        if self._begun and (stack[0] if stack else frame).name != STEP:
-            frame.inner = None
-        self._pending.append(frame)
-        if not stack and len(self._pending) >= PENDING:
-            self._fold()
+        """Close what was opened last."""
+        self._marks.append(self._clock())
+        self._entries.append(None)
+        self._depth -= 1
+        if not self._depth:
+            self._ends.append((len(self._entries), len(self._marks)))
+            if len(self._marks) >= PENDING:
+                self._fold()
 
-    def _work(self, frame: _Frame) -> tuple[int, int]:
-        """Return operations and bytes of a range, by the definition."""
-        problem = frame.problem
-        if problem is not None:
-            if frame.split:  # counted inside
-                return 0, 0
-            passes = 2 if frame.pass_ == "backward" else 1
-            return passes * problem.flops, passes * problem.bytes
-        owner = frame.owner
-        inputs = getattr(owner, "X", None)
-        if not inputs or frame.split:
-            return 0, 0
-        key = id(owner), frame.pass_, len(inputs[-1])
-        found = self._works.get(key)
-        if found is None:
-            found = self._works[key] = layer_work(owner, frame.pass_, inputs[-1])
-        return found
+    # ------------------------------------------------------------------------ adding it up
 
     def _fold(self) -> None:
-        """Add up what is pending, innermost first, as ranges end."""
-        children, elapsed, spans = self._children, self.clock.seconds, self.spans
-        for frame in self._pending:
-            depth = frame.depth
-            seconds = elapsed(frame.start, frame.end)
-            while len(children) < depth + 2:
-                children.append(0.0)
-            own = seconds - children[depth + 1]
-            children[depth + 1] = 0.0
-            children[depth] = children[depth] + seconds if depth else 0.0
-            if frame.inner is not None:
-                self._add(frame, own, not frame.inner)
-            if depth == 0 and frame.name == STEP:
-                self.wall += seconds
-                self.steps += 1
-            elif depth == 0:
-                self.outside += seconds
-            if len(spans) < TRACED:
-                spans.append(self._span(frame, seconds))
-        self._pending.clear()
+        """Add up the outermost ranges that have ended: those in a row that are alike, together."""
+        alike: list[tuple[Pattern, bool, int, int]] = []
+        begin = first = 0
+        for end, last in self._ends:
+            pattern = self._pattern(self._entries[begin:end])
+            self._begun += pattern.step
+            skipped = 0 < self._begun <= self.skip
+            if alike and alike[-1][:2] == (pattern, skipped):
+                alike[-1] = (*alike[-1][:3], last)
+            else:
+                alike.append((pattern, skipped, first, last))
+            begin, first = end, last
+        if self._origin is None and alike:
+            self._origin = self._marks[0]
+        for pattern, skipped, start, last in alike:
+            # Where there are steps, the layers' rows are of these alone; the trace shows all.
+            if not skipped:
+                counted = pattern.step or not self._begun
+                self._add(self._block(pattern, self._marks[start:last]), counted)
+        del self._entries[:begin], self._marks[:first]
+        self._ends.clear()
 
-    def _add(self, frame: _Frame, seconds: float, call: bool) -> None:
-        """Add a range to its row."""
-        row = self._rows.get((frame.name, frame.pass_))
-        if row is None:
-            row = self._rows[frame.name, frame.pass_] = _Sum({})
-        row.seconds += seconds
-        row.calls += call
-        row.flops += frame.work[0]
-        row.bytes += frame.work[1]
-        row.engines[frame.engines] = None
-        if not row.dtype:
-            row.dtype = frame.problem.dtype if frame.problem else _dtype(frame.owner)
+    def _pattern(self, entries: list[Any]) -> Pattern:
+        """Return the pattern of these entries: that of an earlier step, mostly."""
+        recent = self._recent.setdefault(len(entries), [])
+        for k, pattern in enumerate(recent):
+            if pattern.entries == entries:
+                if k:
+                    recent.insert(0, recent.pop(k))
+                return pattern
+        made = Pattern(entries)
+        self._patterns.append(made)
+        recent.insert(0, made)
+        del recent[RECENT:]
+        return made
 
-    def _span(self, frame: _Frame, seconds: float) -> Span:
-        clock, origin = self.clock, self._origin
-        start = clock.host(frame.start)
-        return Span(
-            frame.name,
-            frame.pass_,
-            frame.engines,
-            frame.problem,
-            clock.seconds(origin, frame.start),
-            seconds,
-            (start - clock.host(origin)) * 1e-9,
-            (clock.host(frame.end) - start) * 1e-9,
-            frame.depth,
-            *frame.work,
-        )
+    def _block(self, pattern: Pattern, marks: Sequence[Any]) -> _Block:
+        """Return the times of outermost ranges that have the same pattern."""
+        clock, origin, size = self.clock, self._origin, len(pattern.sums)
+        plain = isinstance(clock, HostClock)
+        host = np.array(marks if plain else [clock.host(mark) for mark in marks], np.int64)
+        host = host.reshape(-1, size)
+        host_starts = (host[:, 0] - clock.host(origin)) * 1e-9
+        host_seconds = (host - host[:, :1]) * 1e-9
+        if plain:
+            return _Block(pattern, host_starts, host_seconds, host_starts, host_seconds)
+        # From the begin of each: single precision, in which CUDA tells times, is enough for that.
+        rows = [marks[k : k + size] for k in range(0, len(marks), size)]
+        starts = np.array([clock.seconds(origin, row[0]) for row in rows])
+        seconds = np.array([[clock.seconds(row[0], mark) for mark in row] for row in rows])
+        return _Block(pattern, starts, seconds, host_starts, host_seconds)
+
+    def _add(self, block: _Block, counted: bool) -> None:
+        """Add outermost ranges to what they are part of."""
+        pattern, whole = block.pattern, float(block.seconds[:, -1].sum())
+        if pattern.step:
+            self.steps += len(block.starts)
+            self.wall += whole
+        else:
+            self.outside += whole
+        if counted:
+            pattern.add(block.seconds)
+        if self._spans < TRACED:
+            self._spans += len(block.starts) * len(pattern.ranges)
+            self._traced.append(block)
 
     # ---------------------------------------------------------------------------- reporting
 
+    @property
+    def spans(self) -> list[Span]:
+        """The ranges one by one, for the trace; of a long run the first few hundred thousand."""
+        self._fold()
+        found = [
+            Span(
+                r.name,
+                r.pass_,
+                r.engine,
+                r.problem,
+                start + times[r.first],
+                times[r.last] - times[r.first],
+                host_start + host_times[r.first],
+                host_times[r.last] - host_times[r.first],
+                r.depth,
+                r.flops,
+                r.bytes,
+            )
+            for pattern, *block in self._traced
+            for start, times, host_start, host_times in zip(
+                *(part.tolist() for part in block), strict=True
+            )
+            for r in pattern.ranges
+        ]
+        return found[:TRACED]
+
+    def _sums(self) -> dict[tuple[str, str], _Sum]:
+        """Return what each row adds up, in the order in which the passes first began."""
+        self._fold()
+        sums: dict[tuple[str, str], _Sum] = {}
+        for pattern in self._patterns:
+            if not pattern.count:
+                continue
+            for found, seconds in pattern.own():
+                row = sums.setdefault((found.name, found.pass_), _Sum())
+                row.seconds += seconds
+                row.calls += pattern.count * found.call
+                row.flops += pattern.count * found.flops
+                row.bytes += pattern.count * found.bytes
+                row.engines.update(dict.fromkeys(found.engine.split()))
+                row.dtype = row.dtype or found.dtype
+        return sums
+
     def rows(self) -> list[Row]:
         """Return the rows, in the order in which the passes first began; without the rest."""
-        self._fold()
         order = {
             "forward": 0, "loss": 1, "backward": 2, "input_grad": 3, "weight_grad": 4, "update": 5,
         }  # fmt: skip
         found = [
-            Row(
-                name,
-                pass_,
-                " ".join(dict.fromkeys(" ".join(s.engines).split())),
-                s.calls,
-                s.seconds,
-                s.flops,
-                s.bytes,
-                s.dtype,
-            )
-            for (name, pass_), s in self._rows.items()
+            Row(name, pass_, " ".join(s.engines), s.calls, s.seconds, s.flops, s.bytes, s.dtype)
+            for (name, pass_), s in self._sums().items()
             if (name, pass_) != (STEP, REST)
         ]
         names = {row.name: None for row in sorted(found, key=lambda r: _numbered(r.name))}
@@ -326,32 +353,6 @@ def _numbered(name: str) -> tuple[int, int]:
     if number.isdigit() and " " in name:
         return 1, int(number)
     return (0 if name == STEP else 2), 0
-
-
-def _dtype(owner: Any) -> str:
-    found = getattr(owner, "dtype", None)
-    return found if isinstance(found, str) else ""
-
-
-def layer_work(layer: Any, pass_: str, x: Any) -> tuple[int, int]:
-    """Return FLOPs and bytes of a layer's pass over an input, if the layer has no convolutions.
-
-    Counted as for a convolution: what must be read and written, once. A layer without weights
-    only moves its data. The gradients of a dense layer are two products of the forward's size.
-    """
-    if pass_ not in ("forward", "backward"):
-        return 0, 0
-    try:
-        out = math.prod(layer.output_shape(tuple(x.shape)))
-    except (ValueError, AttributeError, TypeError):
-        return 0, 0
-    weights = [p for p in layer.parameters.values() if p.ndim == 2 and min(p.shape) > 1]
-    if x.ndim == 2 and len(weights) == 1:
-        w = weights[0]
-        products = 1 if pass_ == "forward" else 2
-        return products * 2 * out * w.shape[0], products * x.itemsize * (x.size + w.size + out)
-    arrays = 2 if pass_ == "forward" else 4  # the backward looks at input and output again
-    return 0, x.itemsize * (x.size + out) * arrays // 2
 
 
 # ------------------------------------------------------------------------------- processes

@@ -67,9 +67,9 @@ def _details(span: Span) -> dict[str, Any]:
     if span.problem is not None:
         found["convolution"] = str(span.problem)
     if span.flops and span.seconds > 0:
-        found["GFLOP/s"] = round(span.flops / span.seconds / 1e9, 3)
+        found["GFLOP/s"] = float(f"{span.flops / span.seconds / 1e9:.4g}")
     if span.bytes and span.seconds > 0:
-        found["GB/s"] = round(span.bytes / span.seconds / 1e9, 3)
+        found["GB/s"] = float(f"{span.bytes / span.seconds / 1e9:.4g}")
     return found
 
 

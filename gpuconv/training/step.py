@@ -80,8 +80,9 @@ class Step:
 
     def update(self, loss: float | None) -> None:
         """Update the network by its gradients."""
-        for leaf in self._leaves:  # what the passes retained makes room for the update
-            leaf.X, leaf.derived_variables = [], leaf._no_derived()
+        with ranges.part(STEP, "release"):  # what the passes retained makes room for the update
+            for leaf in self._leaves:
+                leaf.X, leaf.derived_variables = [], leaf._no_derived()
         with told(self._room, "the optimizer's update"):
             self.precision.update(self.net, loss)
 
