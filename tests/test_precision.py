@@ -13,7 +13,7 @@ import pytest
 
 import gpuconv
 from gpuconv.cli import main
-from gpuconv.layers import Conv2D, Flatten, FullyConnected
+from gpuconv.layers import Conv2D, Dropout, Flatten, FullyConnected
 from gpuconv.losses import CrossEntropy
 from gpuconv.models import Sequential
 from gpuconv.training import checkpoint, precision, run
@@ -260,6 +260,25 @@ def bad_network(where: str, after: int, optimizer: str = "SGD(lr=0.01)") -> Sequ
 def test_a_bad_run_names_layer_and_pass(where: str, after: int, text: str, interval: int) -> None:
     with pytest.raises(DivergedError, match=f"NaN or infinity first appeared in {text}"):
         train(bad_network(where, after), interval=interval)
+
+
+@pytest.mark.parametrize(("interval", "taken", "first"), [(1, 3, 1), (2, 4, 0)])
+def test_a_step_is_taken_again_with_its_own_dropout(interval: int, taken: int, first: int) -> None:
+    """What one mask alone lets become bad must be found again."""
+    seen: list[bytes] = []
+
+    class Seeing(Flatten):
+        def _forward(self, X: Any, retain: bool) -> Any:
+            seen.append(X.tobytes())
+            return super()._forward(X, retain)
+
+    layers = [
+        Dropout(Conv2D(4, (3, 3), pad=1), 0.5), Bad("forward", 2), Seeing(), FullyConnected(3),
+    ]  # fmt: skip
+    net = Sequential(layers, optimizer="SGD(lr=0.01)", rng=1, device="cpu")
+    with pytest.raises(DivergedError, match=r"layer 1 \(Bad 4 3x3\), forward, step 3 of epoch 1"):
+        train(net, interval=interval)
+    assert seen[taken:] == seen[first:2]  # those before the third, which ends in the bad layer
 
 
 def test_a_step_too_long_is_the_updates() -> None:

@@ -303,7 +303,8 @@ class Recorder:
     def rows(self) -> list[Row]:
         """Return the rows, in the order in which the passes first began; without the rest."""
         order = {
-            "forward": 0, "loss": 1, "backward": 2, "input_grad": 3, "weight_grad": 4, "update": 5,
+            "batch": -2, "augment": -1, "forward": 0, "loss": 1, "backward": 2, "input_grad": 3,
+            "weight_grad": 4, "update": 5,
         }  # fmt: skip
         found = [
             Row(name, pass_, " ".join(s.engines), s.calls, s.seconds, s.flops, s.bytes, s.dtype)

@@ -65,7 +65,8 @@ class Watch:
 
     def __init__(self, net: Sequential, in_place: bool = False) -> None:
         self._net, self._in_place = net, in_place
-        self._kept: list[tuple[int, int, list[Any]]] = []
+        self._kept: list[tuple[int, int, list[Any], Any]] = []
+        self._draws = any(layer.dropouts() for layer in net.layers)
         self._last: dict[int, int] = {}  # of an epoch, the step taken last
 
     def keep(self, epoch: int, step: int) -> None:
@@ -77,7 +78,14 @@ class Watch:
             parts.append((held, _remembered(layer.optimizer)))
         # The state at the last look, and the one before: the last update in between is looked at
         # by the next step only.
-        self._kept = [*self._kept[-1:], (epoch, step, parts)]
+        self._kept = [*self._kept[-1:], (epoch, step, parts, self._random())]
+
+    def _random(self) -> Any:
+        """Return the state of what masks are drawn from, or None where it cannot be kept."""
+        try:
+            return self._net.random_state() if self._draws else None
+        except TypeError:  # a generator of one's own: a step taken again draws other masks
+            return None
 
     def taken(self, epoch: int, step: int) -> None:
         """Note that a step was taken."""
@@ -104,10 +112,12 @@ class Watch:
         The network is of no use afterwards.
         """
         before: str | None = None
-        for first_epoch, first_step, parts in self._kept:
+        for first_epoch, first_step, parts, random in self._kept:
             for layer, (held, memory) in zip(leaves(self._net), parts, strict=True):
                 layer.parameters.update(held)
                 layer.optimizer.__dict__.update(memory)
+            if random is not None:
+                self._net.load_random_state(random)
             before = bad_parameter(self._net)
             if before is not None:
                 continue  # an earlier update is to blame, and its step was kept before
