@@ -30,7 +30,7 @@ from gpuconv.cuda import runtime
 from gpuconv.cuda.architecture import GPU, architecture
 from gpuconv.engines.base import PASSES, Engine, Pass
 
-__all__ = ["GPUS", "Prediction", "assumed", "main", "predictions", "section", "table"]
+__all__ = ["GPUS", "Absent", "Prediction", "assumed", "main", "predictions", "section", "table"]
 
 #: From the data sheets: capability, multiprocessors, boost clock, bytes/s, bytes of L2.
 GPUS = {
@@ -65,7 +65,7 @@ class Prediction:
         return min(own, key=lambda n: own[n]) if own else None
 
 
-class _Absent:
+class Absent:
     """In the place of CuPy: says what a device is, and does nothing else."""
 
     def __init__(self, gpu: GPU, index: int) -> None:
@@ -82,7 +82,7 @@ class _Absent:
             Device=lambda which=index: device,
             runtime=SimpleNamespace(getDevice=lambda: index, getDeviceCount=lambda: 1),
         )
-        self.zeros = np.zeros
+        self.zeros: Any = np.zeros
 
 
 class _Device(nullcontext[None]):
@@ -100,7 +100,7 @@ def assumed(gpu: GPU) -> Iterator[None]:
     Each has a number of its own as device, so that what engines keep by device stays apart.
     """
     before = runtime.installed()
-    runtime.install(_Absent(gpu, 1000 + list(GPUS.values()).index(gpu)))
+    runtime.install(Absent(gpu, 1000 + list(GPUS.values()).index(gpu)))
     try:
         yield
     finally:

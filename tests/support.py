@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 import gpuconv
 from gpuconv import dispatch
 from gpuconv.activations import get_activation
-from gpuconv.cuda import runtime
+from gpuconv.cuda import kernels, prepared, runtime
+from gpuconv.engines import cuda_arrays
 
 CPU_ENGINES = [
     "naive",
@@ -219,6 +220,16 @@ def home(engine: str, mode: str | None = None, seed: int = 0) -> Iterator[Any]:
             return
         with stand_in(mode or os.environ.get("GPUCONV_TEST_KERNELS", "fast"), seed) as cp:
             yield cp
+
+
+def count_in_64_bits(monkeypatch: pytest.MonkeyPatch) -> list[kernels.Variant]:
+    """Let offsets be held in 64 bits from now on, however small; return the variants of what follows."""
+    used: list[kernels.Variant] = []
+    prepare = kernels.prepare
+    monkeypatch.setattr(cuda_arrays, "WIDE_FROM", 0)
+    monkeypatch.setattr(kernels, "prepare", lambda v, *rest: (used.append(v), prepare(v, *rest))[1])
+    prepared.clear()
+    return used
 
 
 def host(a: Any) -> Any:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 import gpuconv
 from gpuconv.activations import ReLU
 from gpuconv.cuda import kernels
-from gpuconv.engines import cuda_arrays, cuda_atomic
+from gpuconv.engines import cuda_atomic
 from gpuconv.profiling import named_ranges
 from tests.cuda_on_cpu import KernelError, compiler_available, sanitizer
 from tests.cuda_on_cpu.arrays import Memory, ndarray
@@ -26,6 +26,7 @@ from tests.support import (
     close,
     compute,
     convolutions,
+    count_in_64_bits,
     home,
     host,
     oracle,
@@ -75,10 +76,7 @@ def test_offsets_of_64_bits_give_the_same(
     xp: Any, monkeypatch: pytest.MonkeyPatch, name: str, dtype: str
 ) -> None:
     narrow = [host(got) for got, _ in compute(xp, CASE[name], dtype)]
-    monkeypatch.setattr(cuda_arrays, "WIDE_FROM", 0)
-    used: list[kernels.Variant] = []
-    launch = kernels.launch
-    monkeypatch.setattr(kernels, "launch", lambda v, *rest: (used.append(v), launch(v, *rest))[1])
+    used = count_in_64_bits(monkeypatch)
     wide = [host(got) for got, _ in compute(xp, CASE[name], dtype)]
     assert used
     assert all(("INDEX_64", "1") in v.defines for v in used)
@@ -202,7 +200,7 @@ def test_a_range_ends_where_a_launch_fails(cp: Any, monkeypatch: pytest.MonkeyPa
         raise MemoryError
 
     oracle(CASES[0], "float32")  # made before: its passes have ranges too
-    monkeypatch.setattr(kernels, "launch", refuse)
+    monkeypatch.setattr(kernels, "prepare", refuse)
     with pytest.raises(MemoryError), named_ranges():
         compute(cp, CASES[0], "float32")
     assert len(cp.cuda.nvtx.ranges) == 1

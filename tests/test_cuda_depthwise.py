@@ -14,16 +14,15 @@ from hypothesis import strategies as st
 import gpuconv
 from gpuconv import dispatch
 from gpuconv.activations import ReLU
-from gpuconv.cuda import kernels
 from gpuconv.cuda.architecture import GPU
-from gpuconv.engines import cuda_arrays, cuda_depthwise
+from gpuconv.engines import cuda_depthwise
 from gpuconv.engines import cuda_depthwise_tiles as tiles
 from gpuconv.engines.base import PASSES
 from gpuconv.functional.plan import make_plan
 from gpuconv.problem import ConvProblem
 from tests.cuda_on_cpu import sanitizer
 from tests.depthwise_bytes import H100, LAYERS, count
-from tests.support import home, host, real_gpu
+from tests.support import count_in_64_bits, home, host, real_gpu
 from tests.test_cuda_atomic import untouched_zeros
 
 ALLOWED = {"float64": 1e-11, "float32": 1e-4, "float16": 6e-3}
@@ -215,10 +214,7 @@ def test_offsets_of_64_bits_give_the_same(monkeypatch: pytest.MonkeyPatch) -> No
     cases.append(
         Depthwise((1, 7, 9, 4), (2, 3, 1, 4), (2, 2), ((1, 1),) * 2, (2, 2), False, None, "float32")
     )
-    monkeypatch.setattr(cuda_arrays, "WIDE_FROM", 0)
-    used: list[kernels.Variant] = []
-    launch = kernels.launch
-    monkeypatch.setattr(kernels, "launch", lambda v, *rest: (used.append(v), launch(v, *rest))[1])
+    used = count_in_64_bits(monkeypatch)
     with home("cuda_depthwise") as xp:
         for c in cases:
             agree(xp, c)

@@ -12,8 +12,7 @@ from hypothesis import given, settings
 
 import gpuconv
 from gpuconv import dispatch
-from gpuconv.cuda import cublas, kernels
-from gpuconv.engines import cuda_arrays
+from gpuconv.cuda import cublas
 from tests.cuda_on_cpu import sanitizer
 from tests.support import (
     CASES,
@@ -22,6 +21,7 @@ from tests.support import (
     close,
     compute,
     convolutions,
+    count_in_64_bits,
     home,
     host,
     oracle,
@@ -150,10 +150,7 @@ def test_a_sum_of_16_bit_numbers_is_held_in_32_over_all_parts(
 
 
 def test_offsets_of_64_bits_give_the_same(cp: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    used: list[kernels.Variant] = []
-    launch = kernels.launch
-    monkeypatch.setattr(kernels, "launch", lambda v, *rest: (used.append(v), launch(v, *rest))[1])
-    monkeypatch.setattr(cuda_arrays, "WIDE_FROM", 0)
+    used = count_in_64_bits(monkeypatch)
     for name in ("dilated-strided", "grouped", "first-strided"):
         agree(cp, CASE[name], "float32")
     assert used
@@ -203,9 +200,12 @@ def test_address_sanitizer_finds_nothing() -> None:
 
 
 def test_what_is_no_matrix_is_refused(cp: Any) -> None:
-    a = cp.ones((1, 4, 8), "float32")[:, :, ::2]
-    b, c = cp.ones((1, 4, 3), "float32"), cp.ones((1, 4, 3), "float32")
-    with pytest.raises(ValueError, match="a matrix has strides"):
-        cublas.product(a, b, c)
-    with pytest.raises(ValueError, match="c has strides"):
-        cublas.product(b.transpose(0, 2, 1), b, cp.ones((1, 3, 3), "float32").transpose(0, 2, 1))
+    def matrices(array: Any) -> cublas.Matrices:
+        return cublas.Matrices.of(array, array)
+
+    a, b = cp.ones((1, 4, 8), "float32")[:, :, ::2], matrices(cp.ones((1, 4, 3), "float32"))
+    with pytest.raises(ValueError, match="a matrix has steps"):
+        cublas.prepare(matrices(a), b, b)
+    turned = (matrices(cp.ones((1, n, 4), "float32").transpose(0, 2, 1)) for n in (4, 3))
+    with pytest.raises(ValueError, match="c has steps"):
+        cublas.prepare(next(turned), b, next(turned))

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 import gpuconv
 from gpuconv.cuda import kernels, tiles
 from gpuconv.cuda.tiles import TILES, Choice, Tile
-from gpuconv.engines import cuda_arrays, cuda_implicit_gemm
+from gpuconv.engines import cuda_implicit_gemm
 from tests.cuda_on_cpu import KernelError, sanitizer
 from tests.cuda_on_cpu.arrays import ndarray
 from tests.support import (
@@ -26,6 +26,7 @@ from tests.support import (
     close,
     compute,
     convolutions,
+    count_in_64_bits,
     home,
     host,
     oracle,
@@ -177,13 +178,10 @@ def test_offsets_of_64_bits_give_the_same(
     cp: Any, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     narrow = [host(got) for got, _ in compute(cp, CASE[name], "float32")]
-    monkeypatch.setattr(cuda_arrays, "WIDE_FROM", 0)
-    kernels.clear()
+    used = count_in_64_bits(monkeypatch)
     wide = [host(got) for got, _ in compute(cp, CASE[name], "float32")]
-    assert kernels._functions
-    assert all(
-        ("INDEX_64", "1") in v.defines for _, v, _ in kernels._functions if "epilogue" not in v.file
-    )
+    assert used
+    assert all(("INDEX_64", "1") in v.defines for v in used if v.file != "epilogue.cu")
     for a, b in zip(narrow, wide, strict=True):
         assert a.tobytes() == b.tobytes()
 
@@ -308,10 +306,10 @@ def test_a_broken_kernel_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) 
 
 def test_launches_are_planned_once(cp: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
-    plan = cuda_implicit_gemm.CudaImplicitGemm._plan
+    prepare = cuda_implicit_gemm.CudaImplicitGemm.prepare
     monkeypatch.setattr(
-        cuda_implicit_gemm.CudaImplicitGemm, "_plan",
-        lambda self, problem, pass_, *rest: (made.append(pass_), plan(self, problem, pass_, *rest))[1],
+        cuda_implicit_gemm.CudaImplicitGemm, "prepare",
+        lambda self, problem, pass_, *rest: (made.append(pass_), prepare(self, problem, pass_, *rest))[1],
     )  # fmt: skip
     for _ in range(3):
         compute(cp, CASE["strided"], "float32")

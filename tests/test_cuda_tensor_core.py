@@ -12,12 +12,22 @@ import pytest
 from hypothesis import given, settings
 
 import gpuconv
-from gpuconv.cuda import architecture, kernels, tensor_tiles
+from gpuconv.cuda import architecture, prepared, tensor_tiles
 from gpuconv.cuda.tensor_tiles import TILES, Choice, Product, Tile
-from gpuconv.engines import cuda_arrays, cuda_tensor_core
+from gpuconv.engines import cuda_tensor_core
 from gpuconv.functional.plan import make_plan
 from tests.cuda_on_cpu import compiler_available, sanitizer, stand_in
-from tests.support import CASES, Case, case, close, convolutions, home, host, real_gpu
+from tests.support import (
+    CASES,
+    Case,
+    case,
+    close,
+    convolutions,
+    count_in_64_bits,
+    home,
+    host,
+    real_gpu,
+)
 
 NAME = "cuda_tensor_core"
 CASE = {c.name: c for c in CASES}
@@ -53,6 +63,7 @@ def force(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Tile, int], Non
 
     def forced(tile: Tile, splits: int) -> None:
         cuda_tensor_core._plan.cache_clear()
+        prepared.clear()
 
         def choose(gpu: Any, product: Product, room: int) -> Choice:
             fits = tile in tensor_tiles.usable(gpu, product)
@@ -171,14 +182,12 @@ def test_stride_and_dilation_meet_in_every_phase() -> None:
 def test_offsets_of_64_bits_give_the_same(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     with device() as xp:
         narrow = agree(xp, CASE[name], "float16")
-        monkeypatch.setattr(cuda_arrays, "WIDE_FROM", 0)
+        used = count_in_64_bits(monkeypatch)
         wide = agree(xp, CASE[name], "float16")
-        if not real_gpu():
-            used = [v for _, v in kernels._modules if v.file == "conv_tensor_core.cu"]
-            assert any(("INDEX_64", "1") in v.defines for v in used)
+        assert used
+        assert all(("INDEX_64", "1") in v.defines for v in used if v.file != "epilogue.cu")
         for a, b in zip(narrow, wide, strict=True):
             assert a.tobytes() == b.tobytes()
-    cuda_tensor_core._plan.cache_clear()
 
 
 def test_arrays_that_start_anywhere() -> None:

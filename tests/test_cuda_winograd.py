@@ -16,14 +16,24 @@ from hypothesis import strategies as st
 import gpuconv
 from gpuconv.cuda import kernels
 from gpuconv.cuda.architecture import GPU, architecture
-from gpuconv.engines import cuda_arrays, cuda_winograd, cuda_winograd_plan
+from gpuconv.engines import cuda_winograd, cuda_winograd_plan
 from gpuconv.engines.base import PASSES
 from gpuconv.engines.toom_cook import filtering
 from gpuconv.functional.plan import make_plan
 from gpuconv.problem import ConvProblem
 from tests.cuda_on_cpu import KernelError, sanitizer
 from tests.cuda_on_cpu.arrays import ndarray
-from tests.support import Case, case, close, home, host, oracle, real_gpu, tolerance
+from tests.support import (
+    Case,
+    case,
+    close,
+    count_in_64_bits,
+    home,
+    host,
+    oracle,
+    real_gpu,
+    tolerance,
+)
 from tests.test_conformance import problem_of
 
 ENGINE = "cuda_winograd"
@@ -279,10 +289,7 @@ def test_offsets_of_64_bits_give_the_same(
     xp: Any, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     narrow = [host(got) for got, _ in compute(xp, SMALL[name], "float32")]
-    monkeypatch.setattr(cuda_arrays, "WIDE_FROM", 0)
-    used: list[kernels.Variant] = []
-    launch = kernels.launch
-    monkeypatch.setattr(kernels, "launch", lambda v, *rest: (used.append(v), launch(v, *rest))[1])
+    used = count_in_64_bits(monkeypatch)
     wide = [host(got) for got, _ in compute(xp, SMALL[name], "float32")]
     assert used
     assert all(("INDEX_64", "1") in v.defines for v in used if v.file != "epilogue.cu")

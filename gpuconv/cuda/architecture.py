@@ -7,8 +7,8 @@ choose tiles by them, without timing; nothing here imports CuPy unless a device 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, fields
+from functools import cache, cached_property
 
 from gpuconv.cuda import runtime
 
@@ -97,6 +97,14 @@ class GPU:
     clock: float
     bandwidth: float
     l2_bytes: int
+
+    def __hash__(self) -> int:
+        # Worked out once: every call looks for what was planned with these facts.
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, f.name) for f in fields(self)))
 
     def flops(self, dtype: str, tensor_cores: bool = False) -> float:
         """Return the peak in floating-point operations a second (a multiply-add counts two).

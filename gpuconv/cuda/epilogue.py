@@ -6,7 +6,7 @@ Arrays are seen channels last; those that lie channels first arrive as transpose
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -15,13 +15,13 @@ import numpy as np
 
 from gpuconv.activations import Activation, get_activation
 from gpuconv.cuda import kernels, runtime
-from gpuconv.engines.base import bias_grad, epilogue_grad
+from gpuconv.cuda.prepared import NULL, prepared
+from gpuconv.engines import base
 
-__all__ = ["example_bytes", "output_grad", "sample_variants", "vector_length"]
+__all__ = ["bias_grad", "example_bytes", "output_grad", "sample_variants", "vector_length"]
 
 Array = Any
 
-_NULL = np.uintp(0)
 _DTYPES = ("float32", "float64", "float16", "bfloat16")
 #: Sizes at or beyond this are counted in 64 bits; the last strip may end beyond the size.
 _WIDE_FROM = 2**31 - 2**27
@@ -91,7 +91,6 @@ def _power(count: int, most: int) -> int:
     return min(most, 1 << max(0, count - 1).bit_length())
 
 
-@lru_cache(maxsize=1024)
 def _launch(
     dtype: str, shape: tuple[int, ...], first: bool, length: int, activation: Activation | None
 ) -> _Launch:
@@ -148,16 +147,15 @@ def output_grad(
     """
     if activation is None or y is None:
         if db is not None:
-            _run(dy, None, None, None, db, channels_first)
+            bias_grad(dy, db, channels_first)
         return dy
-    if not kernels.has_activation(activation) or str(dy.dtype) not in _DTYPES:
-        dz = epilogue_grad(dy, y, activation)
-        if db is not None:
-            _run(dz, None, None, None, db, channels_first)
-        return dz
-    dz = runtime.cupy().empty(_stored(dy, channels_first).shape, dy.dtype)
-    _run(dy, y, activation, dz, db, channels_first)
-    return _seen(dz, channels_first)
+    arrays = dy, y, NULL if db is None else db
+    return prepared(_gradient, (dy.shape, activation, channels_first), arrays)(*arrays)
+
+
+def bias_grad(dz: Array, db: Array, channels_first: bool) -> None:
+    """Write the sums of ``dz`` over all axes but the channels into ``db``."""
+    prepared(_sums, (dz.shape, channels_first), (dz, db))(dz, db)
 
 
 def example_bytes(
@@ -180,39 +178,89 @@ def _stored(view: Array, channels_first: bool) -> Array:
     return view.transpose(0, view.ndim - 1, *range(1, view.ndim - 1)) if channels_first else view
 
 
-def _seen(stored: Array, channels_first: bool) -> Array:
-    return stored.transpose(0, *range(2, stored.ndim), 1) if channels_first else stored
+def _sums(
+    shape: tuple[int, ...], first: bool, arrays: tuple[Array, Array], device: int
+) -> Callable[..., None]:
+    """Return what writes the sums of an array like the first into one like the second."""
+    dz, db = arrays
+    if dz.dtype.name not in _DTYPES or db.dtype != dz.dtype or not db.flags.c_contiguous:
+        return base.bias_grad
+    run = _pass(shape, first, (dz, NULL, NULL, db), None, device)
+    return lambda dz, db: run(dz, NULL, NULL, db)
 
 
-def _run(
-    dy: Array,
-    y: Array | None,
+def _gradient(
+    shape: tuple[int, ...],
+    activation: Activation,
+    first: bool,
+    arrays: tuple[Array, Array, Array],
+    device: int,
+) -> Callable[..., Array]:
+    """Return what makes ``dz`` of arrays like ``dy``, ``y`` and ``db`` or NULL."""
+    xp, (dy, y, db) = runtime.cupy(), arrays
+    dtype = dy.dtype
+    if not kernels.has_activation(activation) or dtype.name not in _DTYPES:
+
+        def by_operations(dy: Array, y: Array, db: Array) -> Array:
+            dz = base.epilogue_grad(dy, y, activation)
+            if db is not NULL:
+                bias_grad(dz, db, first)
+            return dz
+
+        return by_operations
+    stored = _stored(dy, first).shape
+    run = _pass(shape, first, (dy, y, xp.empty(stored, dtype), db), activation, device)
+    order = (0, *range(2, dy.ndim), 1) if first else None
+
+    def by_kernel(dy: Array, y: Array, db: Array) -> Array:
+        dz = xp.empty(stored, dtype)
+        run(dy, y, dz, db)
+        return dz if order is None else dz.transpose(order)
+
+    return by_kernel
+
+
+def _pass(
+    shape: tuple[int, ...],
+    first: bool,
+    arrays: tuple[Array, Array, Array, Array],
     activation: Activation | None,
-    dz: Array | None,
-    db: Array | None,
-    channels_first: bool,
-) -> None:
-    """Launch on the current stream: the pass, and for sums of several strips another."""
-    dtype = str(dy.dtype)
-    if dtype not in _DTYPES:
-        if db is not None:
-            bias_grad(dy, db)
-        return
+    device: int,
+) -> Callable[[Array, Array, Array, Array], None]:
+    """Return what launches the pass over ``dy``, ``y``, ``dz``, ``db`` and, of several strips, the sums.
+
+    ``dz`` is dense as it is stored, the others are seen channels last; those that are not there
+    are NULL.
+    """
     xp = runtime.cupy()
-    shape = dy.shape
-    dy = xp.ascontiguousarray(_stored(dy, channels_first))
-    y = None if y is None else xp.ascontiguousarray(_stored(y, channels_first))
-    count = math.prod(shape[1:-1]) if channels_first else shape[-1]
-    length = vector_length(dy.itemsize, count, *(a for a in (dy, y, dz) if a is not None))
-    plan = _launch(dtype, shape, channels_first, length, activation)
+    *read, dz, db = arrays
+    copies = [a is not NULL and not _stored(a, first).flags.c_contiguous for a in read]
+
+    def dense(array: Array, copy: bool) -> Array:
+        return xp.ascontiguousarray(_stored(array, first)) if copy else array
+
+    arrays = (*map(dense, read, copies), dz, db)
+    count = math.prod(shape[1:-1]) if first else shape[-1]
+    there = [a for a in arrays[:3] if a is not NULL]
+    length = vector_length(there[0].dtype.itemsize, count, *there)
+    plan = _launch(there[0].dtype.name, shape, first, length, activation)
+    launch = kernels.prepare(plan.variant, plan.name, device, plan.grid, plan.block, plan.sizes)
     strips = plan.grid[1]
-    summed = db is not None and strips > 1
-    parts = xp.empty((strips, shape[-1]), plan.sum_dtype) if summed else _NULL
-    device = int(xp.cuda.runtime.getDevice())
-    arrays = (dy, *(_NULL if a is None else a for a in (y, dz)), parts, _NULL if db is None else db)
-    kernels.launch(plan.variant, plan.name, device, plan.grid, plan.block, (*arrays, *plan.sizes))
-    if summed:
-        sizes = (np.int32(strips), np.int64(shape[-1]))
-        name = f"epilogue_bias_sums_{plan.end}"
-        grid = (-(-shape[-1] // 32),)
-        kernels.launch(plan.variant, name, device, grid, (32, 8), (parts, db, *sizes))
+    if db is NULL or strips == 1:
+
+        def whole(dy: Array, y: Array, dz: Array, db: Array) -> None:
+            launch(dense(dy, copies[0]), dense(y, copies[1]), dz, NULL, db)
+
+        return whole
+    add = kernels.prepare(
+        plan.variant, f"epilogue_bias_sums_{plan.end}", device, (-(-shape[-1] // 32),), (32, 8),
+        (np.int32(strips), np.int64(shape[-1])),
+    )  # fmt: skip
+    parts_shape, sum_dtype = (strips, shape[-1]), plan.sum_dtype
+
+    def in_strips(dy: Array, y: Array, dz: Array, db: Array) -> None:
+        parts = xp.empty(parts_shape, sum_dtype)
+        launch(dense(dy, copies[0]), dense(y, copies[1]), dz, parts, db)
+        add(parts, db)
+
+    return in_strips

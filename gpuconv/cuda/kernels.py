@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 
 from gpuconv import activations
 from gpuconv.activations import ELU, GELU, SELU, Activation, Affine, LeakyReLU
-from gpuconv.cuda import runtime
+from gpuconv.cuda import prepared, runtime
 
 __all__ = [
     "Variant",
@@ -28,7 +28,7 @@ __all__ = [
     "grid_for",
     "has_activation",
     "launch",
-    "plans",
+    "prepare",
     "read",
     "variants",
 ]
@@ -41,8 +41,6 @@ _lock = threading.Lock()
 _modules: dict[tuple[int, Variant], Any] = {}
 _functions: dict[tuple[int, Variant, str], Any] = {}
 _multiprocessors: dict[int, int] = {}
-#: Launches that engines have worked out, by whatever tells them apart.
-plans: dict[Any, Any] = {}
 #: Dynamic shared memory, in bytes, that kernels have been allowed; unasked they have 48 KiB.
 _allowed: dict[tuple[int, Variant, str], int] = {}
 _UNASKED = 48 * 1024
@@ -202,17 +200,18 @@ def grid_for(work: int, device: int, block: int = BLOCK) -> int:
     return max(1, min(-(-work // block), 32 * count))
 
 
-def launch(
+def prepare(
     variant: Variant,
     name: str,
     device: int,
     grid: Sequence[int],
     block: Sequence[int],
-    args: tuple[Any, ...],
+    constants: tuple[Any, ...] = (),
     shared_bytes: int = 0,
-) -> None:
-    """Launch a kernel on the current stream of ``device``, the current device.
+) -> Callable[..., None]:
+    """Return what launches a kernel: call it with the arrays, which come before ``constants``.
 
+    It launches on the current stream of ``device``, which must be the current device then.
     ``shared_bytes`` of dynamic shared memory are asked for, up to what a block of the device
     may have (``Architecture.shared_per_block``).
     """
@@ -222,20 +221,35 @@ def launch(
         if _allowed.get(key, 0) < shared_bytes:
             kernel.max_dynamic_shared_size_bytes = shared_bytes
             _allowed[key] = shared_bytes
-    if shared_bytes:
-        kernel(tuple(grid), tuple(block), args, shared_mem=shared_bytes)
-    else:
-        kernel(tuple(grid), tuple(block), args)
+    grid, block = tuple(grid), tuple(block)
+
+    def launch(*arrays: Any) -> None:
+        kernel(grid, block, (*arrays, *constants), shared_mem=shared_bytes)
+
+    return launch
+
+
+def launch(
+    variant: Variant,
+    name: str,
+    device: int,
+    grid: Sequence[int],
+    block: Sequence[int],
+    args: tuple[Any, ...],
+    shared_bytes: int = 0,
+) -> None:
+    """Launch a kernel once; see :func:`prepare`."""
+    prepare(variant, name, device, grid, block, (), shared_bytes)(*args)
 
 
 def clear() -> None:
-    """Forget what was compiled."""
+    """Forget what was compiled, and what was prepared with it."""
+    prepared.clear()
     with _lock:
         _modules.clear()
         _functions.clear()
         _allowed.clear()
         _multiprocessors.clear()
-        plans.clear()
 
 
 def variants() -> Iterator[Variant]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -12,9 +12,7 @@ import numpy as np
 from gpuconv.activations import Activation, get_activation
 from gpuconv.cuda import kernels
 
-__all__ = ["launch", "sample_variants"]
-
-Array = Any
+__all__ = ["prepare", "sample_variants"]
 
 #: Results counted in 32 bits: a thread's count goes past the end by all threads of the launch.
 _MOST_NARROW = 2**31 - 2**24
@@ -35,7 +33,6 @@ def sample_variants() -> Iterator[kernels.Variant]:
         yield _variant(dtype, dtype == "float64", get_activation("ReLU"))
 
 
-@lru_cache(maxsize=4096)
 def _result(shape: tuple[int, ...], strides: tuple[int, ...], wide: bool) -> Any:
     """Return ``Result`` of the kernel."""
     index = np.int64 if wide else np.int32
@@ -46,17 +43,16 @@ def _result(shape: tuple[int, ...], strides: tuple[int, ...], wide: bool) -> Any
     return made
 
 
-def launch(
+def prepare(
     dtype: str,
     shape: tuple[int, ...],
     strides: Sequence[int],
     count: int,
     wide: bool,
-    arrays: tuple[Array, Array, Array, Array],
     device: int,
     activation: Activation | None = None,
-) -> None:
-    """Write ``act(sum of parts + bias)``, or add the sum of parts to a total.
+) -> Callable[..., None]:
+    """Return what writes ``act(sum of parts + bias)``, or adds the sum of parts to a total.
 
     Parameters
     ----------
@@ -70,19 +66,22 @@ def launch(
         Number of parts.
     wide : bool
         Whether offsets need 64 bits.
-    arrays : tuple of four
-        Parts; bias or NULL; result; the total of the parts' dtype that takes the place of the
-        result, or NULL.
     device : int
     activation : Activation, optional
+
+    Returns
+    -------
+    callable
+        Takes four arrays: parts; bias or NULL; result; the total of the parts' dtype that takes
+        the place of the result, or NULL.
     """
     wide = wide or math.prod(shape) > _MOST_NARROW
     variant = _variant(dtype, wide, activation)
-    kernels.launch(
+    return kernels.prepare(
         variant,
         variant.functions[0],
         device,
         (kernels.grid_for(math.prod(shape), device),),
         (kernels.BLOCK,),
-        (*arrays, _result(shape, tuple(strides), wide), np.int32(count)),
+        (_result(shape, tuple(strides), wide), np.int32(count)),
     )

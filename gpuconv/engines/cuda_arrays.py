@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from gpuconv.cuda.prepared import NULL
 from gpuconv.engines.base import Engine
 from gpuconv.problem import CHANNELS_FIRST, ConvProblem
 
@@ -28,17 +29,17 @@ __all__ = [
     "examples_at_once",
     "needs_wide_index",
     "parts",
+    "put",
     "reach",
     "sizes",
     "stored_image",
     "stored_weights",
     "three",
+    "zero",
 ]
 
 Array = Any
 
-#: The argument for an array that is not there.
-NULL = np.uintp(0)
 #: Offsets at or beyond this are held in 64 bits.
 WIDE_FROM = 2**31
 
@@ -127,3 +128,13 @@ def element_strides(array: Array) -> tuple[int, ...]:
 def reach(array: Array) -> int:
     """Return how far an element of the array is from its first, in elements."""
     return sum((n - 1) * abs(s) for n, s in zip(array.shape, element_strides(array), strict=True))
+
+
+def put(target: Array, source: Array) -> None:
+    """Copy an array into another of any strides and dtype."""
+    target[...] = source
+
+
+def zero(target: Array) -> None:
+    """Fill an array with zeros."""
+    target.fill(0)

@@ -6,7 +6,7 @@ The readable reference on the GPU. Its sums arrive in any order, so it is not de
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -14,7 +14,9 @@ import numpy as np
 
 from gpuconv.activations import ELU, GELU, SELU, Activation, Affine, LeakyReLU, get_activation
 from gpuconv.cuda import architecture, kernels, prediction, runtime
-from gpuconv.engines.base import Engine, Pass
+from gpuconv.cuda.prepared import prepared
+from gpuconv.engines import cuda_arrays
+from gpuconv.engines.base import Pass
 from gpuconv.engines.cuda_arrays import (
     NULL,
     by_axis,
@@ -26,6 +28,7 @@ from gpuconv.engines.cuda_arrays import (
     stored_image,
     stored_weights,
 )
+from gpuconv.engines.cuda_engine import CudaEngine
 from gpuconv.problem import CHANNELS_FIRST, ConvProblem
 
 __all__ = ["CudaAtomic", "sample_variants"]
@@ -79,11 +82,10 @@ def sample_variants() -> Iterator[kernels.Variant]:
             yield _variant(dtype, *plain, False, False, activation)
 
 
-class CudaAtomic(Engine):
+class CudaAtomic(CudaEngine):
     """One thread an output element: each adds its window's contribution with atomics."""
 
     name = "cuda_atomic"
-    device_kind = "cuda"
     deterministic = False
     fused_backward = True
     reference = True
@@ -110,24 +112,15 @@ class CudaAtomic(Engine):
         example = 4 * math.prod(problem.x_shape[1:])
         return example * examples_at_once(problem, example)
 
-    def forward(self, problem: ConvProblem, x: Array, w: Array, b: Array | None, y: Array) -> None:
-        """Write ``act(conv(x, w) + b)`` into ``y``."""
-        xp = runtime.cupy()
-        weights = xp.ascontiguousarray(stored_weights(problem, w))
-        bias = NULL if b is None else xp.ascontiguousarray(b)
-        x, y = stored_image(problem, x), stored_image(problem, y)
-        for part, at in parts(problem, copied(x) + copied(y)):
-            target = y[at]
-            in_place = target.flags.c_contiguous
-            result = target if in_place else xp.empty(target.shape, y.dtype)
-            arrays = (xp.ascontiguousarray(x[at]), weights, bias, result)
-            self._launch(part, "forward", arrays)
-            if not in_place:
-                target[...] = result
-
-    def input_grad(self, problem: ConvProblem, dz: Array, w: Array, dx: Array) -> None:
-        """Write the gradient with respect to ``x`` into ``dx``."""
-        self.backward(problem, dz, None, w, None, dx, None, None)
+    def prepare(
+        self, problem: ConvProblem, pass_: Pass, arrays: tuple[Array, ...], device: int
+    ) -> Callable[..., None]:
+        """Return what launches the forward pass, or the gradient of the input alone."""
+        if pass_ == "forward":
+            return _forward(problem, arrays, device)
+        dz, w, dx = arrays
+        run = _backward(problem, (dz, NULL, w, NULL, dx, NULL, NULL), device)
+        return lambda dz, w, dx: run(dz, NULL, w, NULL, dx, NULL, NULL)
 
     def weight_grad(
         self, problem: ConvProblem, dz: Array, x: Array, dw: Array | None, db: Array | None
@@ -151,76 +144,121 @@ class CudaAtomic(Engine):
         That is one launch, or one for each part of the batch where copies (of arrays that do
         not lie dense, and the float32 sums of 16-bit gradients) would exceed the workspace.
         """
-        xp = runtime.cupy()
-        images = [None if a is None else stored_image(problem, a) for a in (dy, y, x)]
-        weights = NULL if w is None else xp.ascontiguousarray(stored_weights(problem, w))
-        dx = None if dx is None else stored_image(problem, dx)
-        dw = None if dw is None else stored_weights(problem, dw)
-        shared = [_Sums(dw), _Sums(db)]
-        example = sum(map(copied, images)) + _Sums.example_bytes(dx)
-        for part, at in parts(problem, example):
-            own = _Sums(None if dx is None else dx[at])
-            inputs = [NULL if a is None else xp.ascontiguousarray(a[at]) for a in images]
-            sums = [s.array for s in (own, *shared)]
-            self._launch(part, "backward", (*inputs, weights, *sums))
-            own.store()
-        for total in shared:
-            total.store()
+        arrays = tuple(NULL if a is None else a for a in (dy, x, w, y, dx, dw, db))
+        prepared(_backward, (problem,), arrays)(*arrays)
 
-    @staticmethod
-    def _launch(problem: ConvProblem, name: str, arrays: tuple[Any, ...]) -> None:
-        """Launch over the output elements, on the current device and its current stream."""
-        device = int(runtime.cupy().cuda.runtime.getDevice())
-        elements = math.prod(problem.y_shape)
-        grid = kernels.grid_for(elements, device)
-        variant = _variant(
-            problem.dtype,
-            problem.kernel,
-            problem.stride,
-            problem.dilation,
-            problem.layout == CHANNELS_FIRST,
-            needs_wide_index(problem, grid * kernels.BLOCK),  # the grid's stride overshoots
-            problem.activation,
-        )
-        kernels.launch(
-            variant,
-            f"conv{problem.ndim}d_{name}_atomic_{kernels.suffix(problem.dtype)}",
-            device,
-            (grid,),
-            (kernels.BLOCK,),
-            (*arrays, *sizes(problem)),
-        )
+
+def _forward(
+    problem: ConvProblem, arrays: tuple[Array, ...], device: int
+) -> Callable[[Array, Array, Any, Array], None]:
+    """Return what launches the forward pass, given x, w, b or NULL, and y."""
+    xp = runtime.cupy()
+    x, w, _, y = arrays
+    of_x, of_y = copied(stored_image(problem, x)), copied(stored_image(problem, y))
+    of_w = _copies(stored_weights(problem, w))
+    steps = [(at, _launcher(part, "forward", device)) for part, at in parts(problem, of_x + of_y)]
+
+    def run(x: Array, w: Array, b: Any, y: Array) -> None:
+        weights = xp.ascontiguousarray(stored_weights(problem, w)) if of_w else w
+        if not (of_x or of_y):
+            steps[0][1](x, weights, b, y)
+            return
+        x, y = stored_image(problem, x), stored_image(problem, y)
+        for at, launch in steps:
+            target = y[at]
+            result = xp.empty(target.shape, y.dtype) if of_y else target
+            launch(xp.ascontiguousarray(x[at]), weights, b, result)
+            if of_y:
+                cuda_arrays.put(target, result)
+
+    return run
+
+
+def _backward(problem: ConvProblem, arrays: tuple[Array, ...], device: int) -> Callable[..., None]:
+    """Return what launches the backward pass, given dy, x, w, y, dx, dw and db, some of them NULL."""
+    xp = runtime.cupy()
+
+    def stored(dy: Array, x: Any, w: Any, y: Any, dx: Any, dw: Any, db: Any) -> tuple[Any, ...]:
+        images = [a if a is NULL else stored_image(problem, a) for a in (dy, y, x, dx)]
+        return *images, *[a if a is NULL else stored_weights(problem, a) for a in (w, dw)], db
+
+    *images, dx, w, dw, db = stored(*arrays)
+    of_w = w is not NULL and _copies(w)
+    of_x, of_w_and_b = _Sums(dx), (_Sums(dw), _Sums(db))
+    example = sum(copied(a) for a in images if a is not NULL) + of_x.example_bytes
+    steps = [(at, _launcher(part, "backward", device)) for part, at in parts(problem, example)]
+
+    def run(*arrays: Any) -> None:
+        dy, y, x, dx, w, dw, db = stored(*arrays)
+        if of_w:
+            w = xp.ascontiguousarray(w)
+        totals = [sums.begin(to) for sums, to in zip(of_w_and_b, (dw, db), strict=True)]
+        for at, launch in steps:
+            if example:  # else there is one part, and nothing to copy
+                given = [a if a is NULL else xp.ascontiguousarray(a[at]) for a in (dy, y, x)]
+                target = dx if dx is NULL else dx[at]
+            else:
+                given, target = [dy, y, x], dx
+            own = of_x.begin(target)
+            launch(*given, w, own, *totals)
+            of_x.end(target, own)
+        for sums, to, total in zip(of_w_and_b, (dw, db), totals, strict=True):
+            sums.end(to, total)
+
+    return run
+
+
+def _copies(array: Array) -> bool:
+    return not array.flags.c_contiguous
+
+
+def _launcher(problem: ConvProblem, name: str, device: int) -> Callable[..., None]:
+    """Return what launches over the output elements."""
+    elements = math.prod(problem.y_shape)
+    grid = kernels.grid_for(elements, device)
+    variant = _variant(
+        problem.dtype,
+        problem.kernel,
+        problem.stride,
+        problem.dilation,
+        problem.layout == CHANNELS_FIRST,
+        needs_wide_index(problem, grid * kernels.BLOCK),  # the grid's stride overshoots
+        problem.activation,
+    )
+    name = f"conv{problem.ndim}d_{name}_atomic_{kernels.suffix(problem.dtype)}"
+    return kernels.prepare(variant, name, device, (grid,), (kernels.BLOCK,), sizes(problem))
 
 
 class _Sums:
-    """Dense zeros to add up in, float32 at least: the gradient itself where it is such."""
+    """Dense zeros to add up in, float32 at least: the gradient itself where it is such.
 
-    def __init__(self, target: Array | None) -> None:
-        self._target = target
-        if target is None:
-            self.array = NULL
-        elif self._in_place(target):
-            self.array = target
-            target.fill(0)
-        else:
-            self.array = runtime.cupy().zeros(target.shape, self._wide(target))
+    Parameters
+    ----------
+    target : array or NULL
+        As the gradient will be, in the order of memory.
+    """
 
-    @staticmethod
-    def _wide(target: Array) -> str:
-        return "float32" if target.dtype.itemsize == 2 else str(target.dtype)
+    def __init__(self, target: Any) -> None:
+        self.example_bytes = 0
+        self._there = target is not NULL
+        if not self._there:
+            return
+        self._dtype = "float32" if target.dtype.itemsize == 2 else target.dtype.name
+        self._in_place = target.flags.c_contiguous and target.dtype == self._dtype
+        if not self._in_place:
+            size = np.dtype(self._dtype).itemsize
+            self.example_bytes = int(math.prod(target.shape[1:]) * size)
 
-    @classmethod
-    def _in_place(cls, target: Array) -> bool:
-        return bool(target.flags.c_contiguous) and target.dtype == cls._wide(target)
+    def begin(self, target: Any) -> Any:
+        """Return zeros; NULL where there is no gradient."""
+        if not self._there:
+            return NULL
+        if not self._in_place:
+            return runtime.cupy().zeros(target.shape, self._dtype)
+        cuda_arrays.zero(target)
+        return target
 
-    @classmethod
-    def example_bytes(cls, target: Array | None) -> int:
-        """Return the bytes used for each example, beyond ``target`` itself."""
-        if target is None or cls._in_place(target):
-            return 0
-        return int(math.prod(target.shape[1:]) * np.dtype(cls._wide(target)).itemsize)
-
-    def store(self) -> None:
+    def end(self, target: Any, sums: Any) -> None:
         """Put the sums where they are wanted, if they are not there."""
-        if self._target is not None and self.array is not self._target:
-            self._target[...] = self.array
+        if self._there and not self._in_place:
+            cuda_arrays.put(target, sums)

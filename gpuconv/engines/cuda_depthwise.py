@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -13,9 +13,9 @@ import numpy as np
 from gpuconv.activations import Activation, get_activation
 from gpuconv.cuda import kernels, runtime
 from gpuconv.cuda.architecture import GPU, architecture, gpu
-from gpuconv.cuda.epilogue import output_grad, vector_length
+from gpuconv.cuda.epilogue import vector_length
 from gpuconv.engines import cuda_arrays
-from gpuconv.engines.base import Engine, Pass
+from gpuconv.engines.base import Pass
 from gpuconv.engines.cuda_arrays import (
     NULL,
     WIDE_FROM,
@@ -33,6 +33,7 @@ from gpuconv.engines.cuda_depthwise_tiles import (
     groups,
     predicted,
 )
+from gpuconv.engines.cuda_engine import CudaEngine
 from gpuconv.problem import CHANNELS_FIRST, ConvProblem
 
 __all__ = ["CudaDepthwise", "sample_variants"]
@@ -165,11 +166,10 @@ def _plan(problem: ConvProblem, pass_: Pass, vector: int, wide_from: int, device
     return _Launch(variant, variant.functions[0], grid, block, (*extra, *map(np.int32, sizes)))
 
 
-class CudaDepthwise(Engine):
+class CudaDepthwise(CudaEngine):
     """Channels side by side, the window in registers; every number is read from memory once."""
 
     name = "cuda_depthwise"
-    device_kind = "cuda"
 
     def unsupported(self, problem: ConvProblem, pass_: Pass) -> str | None:
         """Return why it cannot compute this pass of ``problem``, or None."""
@@ -199,83 +199,115 @@ class CudaDepthwise(Engine):
         shares = _launch(problem, pass_, 16 // problem.itemsize).grid[1]
         return shares * math.prod(problem.w_shape) * _sum_bytes(problem) if shares > 1 else 0
 
-    def forward(self, problem: ConvProblem, x: Array, w: Array, b: Array | None, y: Array) -> None:
-        """Write ``act(conv(x, w) + b)`` into ``y``."""
-        xp = runtime.cupy()
-        weights = xp.ascontiguousarray(stored_weights(problem, w))
-        bias = NULL if b is None else xp.ascontiguousarray(b)
-        self._over_parts(problem, "forward", x, (weights, bias), y)
+    def prepare(
+        self, problem: ConvProblem, pass_: Pass, arrays: tuple[Array, ...], device: int
+    ) -> Callable[..., None]:
+        """Return what launches a pass; what is not dense is copied, within the workspace."""
+        if pass_ == "weight_grad":
+            return _to_weights(problem, arrays, device)
+        if pass_ == "forward":
+            x, w, b, y = arrays
+            return _to_image(problem, pass_, x, w, b, y, device)
+        dz, w, dx = arrays
+        run = _to_image(problem, pass_, dz, w, NULL, dx, device)
+        return lambda dz, w, dx: run(dz, w, NULL, dx)
 
-    def input_grad(self, problem: ConvProblem, dz: Array, w: Array, dx: Array) -> None:
-        """Write the gradient with respect to ``x`` into ``dx``."""
-        weights = runtime.cupy().ascontiguousarray(stored_weights(problem, w))
-        self._over_parts(problem, "input_grad", dz, (weights,), dx)
 
-    def _over_parts(
-        self,
-        problem: ConvProblem,
-        pass_: Pass,
-        source: Array,
-        weights: tuple[Array, ...],
-        target: Array,
-    ) -> None:
-        """Compute images from images; what is not dense is copied, within the workspace."""
-        xp = runtime.cupy()
-        source, target = stored_image(problem, source), stored_image(problem, target)
-        example = copied(source) + copied(target)
-        if example == 0:  # the usual case, without views of parts
-            arrays = (source, *weights, target)
-            self._run(_launch(problem, pass_, _vector(problem, arrays)), arrays)
-            return
-        for part, at in parts(problem, example):
-            given, wanted = source[at], target[at]
-            in_place = wanted.flags.c_contiguous
-            result = wanted if in_place else xp.empty(wanted.shape, wanted.dtype)
-            given = xp.ascontiguousarray(given)
-            arrays = (given, *weights, result)
-            self._run(_launch(part, pass_, _vector(part, arrays)), arrays)
-            if not in_place:
-                wanted[...] = result
+def _to_image(
+    problem: ConvProblem,
+    pass_: Pass,
+    source: Array,
+    w: Array,
+    bias: Any,
+    target: Array,
+    device: int,
+) -> Callable[[Array, Array, Any, Array], None]:
+    """Return what makes images from images, given source, weights, bias and target."""
+    xp = runtime.cupy()
+    forward = pass_ == "forward"
+    weights = stored_weights(problem, w)
+    turn = not weights.flags.c_contiguous
+    weights = xp.ascontiguousarray(weights)
+    beside = (weights, bias) if forward else (weights,)
 
-    def weight_grad(
-        self, problem: ConvProblem, dz: Array, x: Array, dw: Array | None, db: Array | None
-    ) -> None:
-        """Write the gradients with respect to ``w`` and ``b`` into those of ``dw``, ``db`` given."""
-        if db is not None:
-            output_grad(dz, None, None, db, problem.layout == CHANNELS_FIRST)
-        if dw is None:
-            return
-        xp = runtime.cupy()
-        dz, x, dw = stored_image(problem, dz), stored_image(problem, x), stored_weights(problem, dw)
-        direct = dw.flags.c_contiguous and str(dw.dtype) == problem.dtype
-        result = dw if direct else xp.empty(dw.shape, dz.dtype)
-        made = []
-        for part, at in parts(problem, copied(dz) + copied(x)):
-            images = tuple(xp.ascontiguousarray(a[at]) for a in (dz, x))
-            plan = _launch(part, "weight_grad", _vector(part, images))
-            single = plan.grid[1] == 1 and part.batch == problem.batch
-            sums: Array = (
-                NULL if single else xp.empty((plan.grid[1], result.size), _sum_dtype(problem))
-            )
-            self._run(plan, (*images, sums, result))
-            if not single:
-                made.append(sums)
-        if made:
-            sums = made[0] if len(made) == 1 else xp.concatenate(made)
-            device = int(xp.cuda.runtime.getDevice())
-            sizes = (np.int32(len(sums)), np.int64(result.size))
-            grid = (-(-result.size // 32),)
-            name = plan.variant.functions[1]
-            kernels.launch(plan.variant, name, device, grid, (32, 8), (sums, result, *sizes))
-        if not direct:
-            dw[...] = result
+    def launcher(part: ConvProblem, source: Array, target: Array) -> Callable[..., None]:
+        launch = _launcher(_launch(part, pass_, _vector(part, (source, *beside, target))), device)
+        if forward:
+            return launch
+        return lambda source, weights, bias, target: launch(source, weights, target)
 
-    @staticmethod
-    def _run(plan: _Launch, arrays: tuple[Any, ...]) -> None:
-        device = int(runtime.cupy().cuda.runtime.getDevice())
-        kernels.launch(
-            plan.variant, plan.name, device, plan.grid, plan.block, (*arrays, *plan.sizes)
+    seen = stored_image(problem, source), stored_image(problem, target)
+    example = sum(map(copied, seen))
+    if example == 0:  # the usual case, without views of parts
+        launch = launcher(problem, source, target)
+        if not turn:
+            return launch
+        return lambda source, w, bias, target: launch(
+            source, xp.ascontiguousarray(stored_weights(problem, w)), bias, target
         )
+    in_place = seen[1].flags.c_contiguous
+    cut = []
+    for part, at in parts(problem, example):
+        given = xp.ascontiguousarray(seen[0][at])
+        result = seen[1][at] if in_place else xp.empty(seen[1][at].shape, target.dtype)
+        cut.append((at, launcher(part, given, result)))
+
+    def run(source: Array, w: Array, bias: Any, target: Array) -> None:
+        source, target = stored_image(problem, source), stored_image(problem, target)
+        weights = xp.ascontiguousarray(stored_weights(problem, w))
+        for at, launch in cut:
+            given, wanted = xp.ascontiguousarray(source[at]), target[at]
+            result = wanted if in_place else xp.empty(wanted.shape, wanted.dtype)
+            launch(given, weights, bias, result)
+            if not in_place:
+                cuda_arrays.put(wanted, result)
+
+    return run
+
+
+def _to_weights(
+    problem: ConvProblem, arrays: tuple[Array, ...], device: int
+) -> Callable[[Array, Array, Array], None]:
+    """Return what computes a weight gradient, given dz, x and dw."""
+    xp, sum_dtype = runtime.cupy(), _sum_dtype(problem)
+    seen = tuple(stored_image(problem, a) for a in arrays[:2])
+    dw = stored_weights(problem, arrays[2])
+    direct = dw.flags.c_contiguous and dw.dtype.name == problem.dtype
+    whole = not any(map(copied, seen))
+    cut = []
+    for part, at in parts(problem, sum(map(copied, seen))):
+        images = tuple(xp.ascontiguousarray(a[at]) for a in seen)
+        plan = _launch(part, "weight_grad", _vector(part, images))
+        cut.append((at, plan.grid[1], plan, _launcher(plan, device)))
+    strips = sum(count for _, count, *_ in cut)
+    single, plan = strips == 1, cut[0][2]
+    add = kernels.prepare(
+        plan.variant, plan.variant.functions[1], device, (-(-dw.size // 32),), (32, 8),
+        (np.int32(strips), np.int64(dw.size)),
+    )  # fmt: skip
+    size, shape, dtype = dw.size, dw.shape, arrays[0].dtype
+
+    def run(dz: Array, x: Array, dw: Array) -> None:
+        result = dw if direct else xp.empty(shape, dtype)
+        sums: Any = NULL if single else xp.empty((strips, size), sum_dtype)
+        if whole:
+            cut[0][3](dz, x, sums, result)
+        else:
+            dz, x, first = stored_image(problem, dz), stored_image(problem, x), 0
+            for at, count, _, launch in cut:
+                images = (xp.ascontiguousarray(a[at]) for a in (dz, x))
+                launch(*images, NULL if single else sums[first : first + count], result)
+                first += count
+        if not single:
+            add(sums, result)
+        if not direct:
+            cuda_arrays.put(stored_weights(problem, dw), result)
+
+    return run
+
+
+def _launcher(plan: _Launch, device: int) -> Callable[..., None]:
+    return kernels.prepare(plan.variant, plan.name, device, plan.grid, plan.block, plan.sizes)
 
 
 def _vector(problem: ConvProblem, arrays: tuple[Any, ...]) -> int:

@@ -8,7 +8,7 @@ fixed order, in float32 at least; the input gradient gathers: the same bits ever
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -18,7 +18,7 @@ from gpuconv.activations import Activation, get_activation
 from gpuconv.cuda import architecture, cublas, kernels, prediction, runtime
 from gpuconv.device import probe
 from gpuconv.engines import cuda_arrays
-from gpuconv.engines.base import Engine, Pass, bias_grad
+from gpuconv.engines.base import Engine, Pass
 from gpuconv.engines.cuda_arrays import (
     NULL,
     copied,
@@ -27,6 +27,18 @@ from gpuconv.engines.cuda_arrays import (
     stored_image,
     stored_weights,
     three,
+)
+from gpuconv.engines.cuda_engine import CudaEngine
+from gpuconv.engines.cuda_matrices import (
+    accumulate,
+    by_channel,
+    dense_image,
+    dense_weights,
+    multiply,
+    multiply_back,
+    part_of,
+    result_shape,
+    weight_matrices,
 )
 from gpuconv.problem import CHANNELS_FIRST, ConvProblem
 
@@ -100,8 +112,8 @@ class _Windows:
     taps * in_group)`` or, channels first, ``(n, groups, in_group * taps, count)``.
     """
 
-    def __init__(self, problem: ConvProblem, image: Array) -> None:
-        self.problem, self.image = problem, image
+    def __init__(self, problem: ConvProblem, image: Array, device: int) -> None:
+        self.problem, self.device = problem, device
         self.first = problem.layout == CHANNELS_FIRST
         self.row = problem.taps * (problem.in_channels // problem.groups)
         self.positions = math.prod(problem.out_shape)
@@ -120,32 +132,34 @@ class _Windows:
         made["channels"], made["groups"], made["image"] = p.in_channels, p.groups, self._strides
         return made
 
-    def empty(self, n: int, count: int) -> Array:
-        """Return a matrix for ``count`` positions of ``n`` examples."""
-        p = self.problem
-        shape = (n, p.groups, self.row, count) if self.first else (n, count, p.groups, self.row)
-        return runtime.cupy().empty(shape, self.dtype)
+    def shape(self, n: int, count: int) -> tuple[int, ...]:
+        """Return the shape of the matrix of ``count`` positions of ``n`` examples."""
+        groups = self.problem.groups
+        return (n, groups, self.row, count) if self.first else (n, count, groups, self.row)
 
-    def launch(self, name: str, image: Array, arrays: tuple[Any, ...], n: int, start: int,
-               count: int, merged: bool, *flags: int) -> None:  # fmt: skip
-        """Launch over an image's examples; ``merged``: channels first, a row is all examples'."""
+    def prepare(self, name: str, image: Array, n: int, start: int, count: int,
+                merged: bool, *flags: int) -> Callable[..., None]:  # fmt: skip
+        """Return what launches over an image's examples.
+
+        im2col takes the image and columns; col2im columns, image, and the sums of an example
+        that is divided. ``merged``: channels first, a row is all examples'.
+        """
         size = n * count * self.row * self.problem.groups
         work = max(size, image.size) + kernels.BLOCK * 32 * 2048  # the grid's stride overshoots
         wide = max(work, reach(image)) >= cuda_arrays.WIDE_FROM
-        device = int(runtime.cupy().cuda.runtime.getDevice())
         pack = self._pack_of(image)
         index = np.int64 if wide else np.int32
         apart, row = (count, n * count) if merged else (size // n, count)
         threads = n * self.problem.in_channels // pack
         threads *= count if name == "im2col" else math.prod(self.problem.in_shape)
-        kernels.launch(
+        return kernels.prepare(
             _variant(self.dtype, self.first, pack, wide),
             f"conv_{name}_{kernels.suffix(self.dtype)}",
-            device,
-            (kernels.grid_for(threads, device),),
+            self.device,
+            (kernels.grid_for(threads, self.device),),
             (kernels.BLOCK,),
-            (*arrays, self.fill(wide), np.int32(n), index(start), index(count),
-             index(apart), index(row), *map(np.int32, flags)),
+            (self.fill(wide), np.int32(n), index(start), index(count), index(apart), index(row),
+             *map(np.int32, flags)),
         )  # fmt: skip
 
     def _pack_of(self, image: Array) -> int:
@@ -159,27 +173,11 @@ class _Windows:
             pack //= 2
         return pack
 
-    def im2col(self, n0: int, n: int, start: int, count: int, merged: bool = False) -> Array:
-        """Return the windows of positions of examples as a matrix."""
-        columns = self.empty(n, count)
-        image = self.image[n0 : n0 + n]
-        self.launch("im2col", image, (image, columns), n, start, count, merged)
-        if merged:
-            return columns.reshape(1, self.problem.groups, self.row, n * count)
-        return columns
 
-    def col2im(self, columns: Array, n0: int, n: int, start: int, count: int, sums: Array) -> None:
-        """Add up what windows hold of each input, into the image or, of a part, into ``sums``."""
-        image = self.image[n0 : n0 + n]
-        flags = int(start == 0), int(start + count == self.positions)
-        self.launch("col2im", image, (columns, image, sums), n, start, count, False, *flags)
-
-
-class CudaGemm(Engine):
+class CudaGemm(CudaEngine):
     """im2col, products by cuBLAS, col2im."""
 
     name = "cuda_gemm"
-    device_kind = "cuda"
 
     def unavailable(self) -> str | None:
         """Return why cuBLAS cannot be called, or None."""
@@ -279,195 +277,188 @@ class CudaGemm(Engine):
             for start in range(0, positions, count):
                 yield n0, 1, start, min(count, positions - start)
 
-    # ----------------------------------------------------------------------------------- passes
+    def prepare(
+        self, problem: ConvProblem, pass_: Pass, arrays: tuple[Array, ...], device: int
+    ) -> Callable[..., None]:
+        """Return what launches a pass, part by part."""
+        if pass_ == "forward":
+            return self._forward(problem, arrays, device)
+        if pass_ == "input_grad":
+            return self._input_grad(problem, arrays, device)
+        return self._weight_grad(problem, arrays, device)
 
-    def forward(self, problem: ConvProblem, x: Array, w: Array, b: Array | None, y: Array) -> None:
-        """Write ``act(conv(x, w) + b)`` into ``y``."""
-        xp = runtime.cupy()
-        windows = _Windows(problem, x)
+    def _forward(
+        self, problem: ConvProblem, arrays: tuple[Array, ...], device: int
+    ) -> Callable[..., None]:
+        """Return what writes ``act(x w + b)`` into ``y``, given x, w, b or NULL, and y."""
+        xp, dtype = runtime.cupy(), problem.dtype
+        x, w, b, y = arrays
+        windows = _Windows(problem, x, device)
         direct = problem.pointwise and stored_image(problem, x).flags.c_contiguous
-        weights = _weight_matrices(problem, xp.ascontiguousarray(stored_weights(problem, w)))
-        stored = stored_image(problem, y)
-        dense = stored.flags.c_contiguous
-        plain = b is None and problem.activation is None
+        dense = stored_image(problem, y).flags.c_contiguous
+        plain = b is NULL and problem.activation is None
         position = 0 if direct else problem.taps * problem.in_channels * problem.itemsize
         if not (dense and plain):  # room for results, where an example is divided
             position += problem.out_channels * problem.itemsize
-        bias = NULL if b is None else xp.ascontiguousarray(b)
+        of_weights, weights = dense_weights(problem, w)
+        steps = []
         for n0, n, start, count in self._chunks(problem, position, 0):
-            whole = count == windows.positions
-            if direct:
-                columns = _part(problem, stored_image(problem, x), n0, n, start, count)
-            else:
-                columns = windows.im2col(n0, n, start, count)
-            z = _part(problem, stored, n0, n, start, count) if dense else None
-            target = z if z is not None and (whole or plain) else _empty(problem, n, count)
-            _multiply(problem, columns, weights, target)
-            if not (plain and target is z):
-                self._finish(problem, target, bias, y, n0, n, start, count, target is z)
-            del columns, target, z  # the next part has their memory
+            at = slice(n0, n0 + n)
+            image, out = x[at], y[at]
+            shape, gather, columns = windows.shape(n, count), None, image
+            given = part_of(problem, image, start, count) if direct else None
+            if given is None:
+                gather = windows.prepare("im2col", image, n, start, count, False)
+                columns = given = xp.empty(shape, dtype)
+            in_place = dense and (plain or count == windows.positions)
+            room = None if in_place else result_shape(problem, n, count)
+            z = out if room is None else xp.empty(room, dtype)
+            into = part_of(problem, out, start, count) if room is None else z
+            product = multiply(problem, (given, columns), weights, (into, z))
+            finish = None
+            if not (plain and in_place):
+                finish = _finish(problem, out, start, count, in_place, device)
+            steps.append((None if n == problem.batch else at, shape, gather, product, room, finish))
+            del columns, given, into, z  # the next part has their memory
 
-    def input_grad(self, problem: ConvProblem, dz: Array, w: Array, dx: Array) -> None:
-        """Write the gradient with respect to ``x`` into ``dx``."""
-        xp = runtime.cupy()
-        windows = _Windows(problem, dx)
-        stored, given = stored_image(problem, dx), stored_image(problem, dz)
-        direct = problem.pointwise and stored.flags.c_contiguous
-        weights = _weight_matrices(problem, xp.ascontiguousarray(stored_weights(problem, w)))
+        def run(x: Array, w: Array, b: Any, y: Array) -> None:
+            weights = of_weights(w)
+            for at, shape, gather, product, room, finish in steps:
+                image, out = (x, y) if at is None else (x[at], y[at])
+                columns = image
+                if gather is not None:
+                    columns = xp.empty(shape, dtype)
+                    gather(image, columns)
+                z = out if room is None else xp.empty(room, dtype)
+                product(columns, weights, z)
+                if finish is not None:
+                    finish(z, b, out)
+                del columns, z
+
+        return run
+
+    def _input_grad(
+        self, problem: ConvProblem, arrays: tuple[Array, ...], device: int
+    ) -> Callable[..., None]:
+        """Return what writes the gradient of the input, given dz, w and dx."""
+        xp, dtype = runtime.cupy(), problem.dtype
+        dz, w, dx = arrays
+        windows = _Windows(problem, dx, device)
+        direct = problem.pointwise and stored_image(problem, dx).flags.c_contiguous
         position = 0 if direct else problem.taps * problem.in_channels * problem.itemsize
-        sums: Any = NULL
-        for n0, n, start, count in self._chunks(problem, position, copied(given)):
-            dense = xp.ascontiguousarray(given[n0 : n0 + n])
-            part = _part(problem, dense, 0, n, start, count)
-            if direct:
-                _multiply_back(problem, part, weights, _part(problem, stored, n0, n, start, count))
-                continue
-            if count < windows.positions and sums is NULL:
-                wide = "float32" if problem.itemsize == 2 else problem.dtype
-                sums = xp.empty(math.prod(problem.x_shape[1:]), wide)
-            columns = windows.empty(n, count)
-            _multiply_back(problem, part, weights, columns)
-            windows.col2im(columns, n0, n, start, count, sums)
-            del columns, part, dense
+        of_weights, weights = dense_weights(problem, w)
+        of_dz = copied(stored_image(problem, dz))
+        steps, divided = [], False
+        for n0, n, start, count in self._chunks(problem, position, of_dz):
+            at = slice(n0, n0 + n)
+            image, given = dx[at], dense_image(problem, dz[at], bool(of_dz))
+            part = part_of(problem, given, start, count), given
+            shape, scatter, columns = windows.shape(n, count), None, image
+            into = part_of(problem, image, start, count) if direct else None
+            if into is None:
+                flags = int(start == 0), int(start + count == windows.positions)
+                divided = divided or count < windows.positions
+                scatter = windows.prepare("col2im", image, n, start, count, False, *flags)
+                columns = into = xp.empty(shape, dtype)
+            product = multiply_back(problem, part, weights, (into, columns))
+            steps.append((None if n == problem.batch else at, shape, scatter, product))
+            del columns, given, into, part
+        wide = "float32" if problem.itemsize == 2 else problem.dtype
+        example = math.prod(problem.x_shape[1:])
 
-    def weight_grad(
-        self, problem: ConvProblem, dz: Array, x: Array, dw: Array | None, db: Array | None
-    ) -> None:
-        """Write the gradients with respect to ``w`` and ``b`` into those of ``dw``, ``db`` given."""
-        if db is not None:
-            bias_grad(dz, db)
-        if dw is None:
-            return
-        xp = runtime.cupy()
-        windows = _Windows(problem, x)
-        given, image = stored_image(problem, dz), stored_image(problem, x)
+        def run(dz: Array, w: Array, dx: Array) -> None:
+            weights = of_weights(w)
+            sums = xp.empty(example, wide) if divided else NULL
+            for at, shape, scatter, product in steps:
+                image, given = (dx, dz) if at is None else (dx[at], dz[at])
+                if of_dz:
+                    given = dense_image(problem, given, True)
+                if scatter is None:
+                    product(given, weights, image)
+                    continue
+                columns = xp.empty(shape, dtype)
+                product(given, weights, columns)
+                scatter(columns, image, sums)
+                del columns, given
+
+        return run
+
+    def _weight_grad(
+        self, problem: ConvProblem, arrays: tuple[Array, ...], device: int
+    ) -> Callable[..., None]:
+        """Return what writes the gradient of the weights, given dz, x and dw."""
+        xp, dtype = runtime.cupy(), problem.dtype
+        dz, x, dw = arrays
+        windows = _Windows(problem, x, device)
         target = stored_weights(problem, dw)
         wide = "float32" if problem.itemsize == 2 else problem.dtype
         in_place = target.flags.c_contiguous and target.dtype == wide
-        sums = target if in_place else xp.empty(target.shape, wide)
-        matrices = _weight_matrices(problem, sums)
+        room = target.shape
+        sums = dw if in_place else xp.empty(room, wide)
+        matrices = weight_matrices(problem, target if in_place else sums), sums
         position = problem.taps * problem.in_channels * problem.itemsize
-        direct = problem.pointwise and image.flags.c_contiguous and not windows.first
-        example = copied(given)
+        pointwise = problem.pointwise and stored_image(problem, x).flags.c_contiguous
+        direct = pointwise and not windows.first
+        of_dz = copied(stored_image(problem, dz))
+        example = of_dz
         if windows.first and problem.batch > 1:
-            example = math.prod(given.shape[1:]) * problem.itemsize
-        later = False
+            example = math.prod(problem.y_shape[1:]) * problem.itemsize
+        steps: list[Any] = []
         for n0, n, start, count in self._chunks(problem, 0 if direct else position, example):
-            if direct:
-                columns = _part(problem, image, n0, n, start, count)
+            at = slice(n0, n0 + n)
+            image, merged = x[at], windows.first and n > 1
+            shape, gather, columns = windows.shape(n, count), None, image
+            of_x = part_of(problem, image, start, count) if direct else None
+            if of_x is None:
+                gather = windows.prepare("im2col", image, n, start, count, windows.first)
+                columns = of_x = xp.empty(shape, dtype)
+                if windows.first:
+                    of_x = columns.reshape(1, problem.groups, windows.row, n * count)
+            given = by_channel(dz[at]) if merged else dense_image(problem, dz[at], bool(of_dz))
+            if merged:
+                part = given.reshape(1, problem.groups, -1, n * count)
             else:
-                columns = windows.im2col(n0, n, start, count, merged=windows.first)
-            some = given[n0 : n0 + n]
-            if windows.first and n > 1:  # a row of each channel, over all examples
-                rows = xp.ascontiguousarray(some.swapaxes(0, 1))
-                part = rows.reshape(1, problem.groups, -1, n * count)
-                del rows
-            else:
-                part = _part(problem, xp.ascontiguousarray(some), 0, n, start, count)
-            _accumulate(problem, columns, part, matrices, later)
-            later = True
-            del columns, part
-        if not in_place:
-            target[...] = sums
+                part = part_of(problem, given, start, count)
+            add = accumulate(problem, (of_x, columns), (part, given), matrices, bool(steps))
+            steps.append((None if n == problem.batch else at, shape, gather, merged, add))
+            del columns, given, of_x, part
 
-    @staticmethod
-    def _finish(problem: ConvProblem, z: Array, bias: Any, y: Array, n0: int, n: int, start: int,
-                count: int, in_place: bool) -> None:  # fmt: skip
-        """Write ``act(z + b)`` into the positions of ``y``, which may be ``z``."""
-        image = y[n0 : n0 + n]
-        windows = _Windows(problem, image)
-        work = n * count * problem.out_channels
-        wide = max(work + kernels.BLOCK * 32 * 2048, reach(image)) >= cuda_arrays.WIDE_FROM
-        device = int(runtime.cupy().cuda.runtime.getDevice())
-        shape = windows.fill(wide)
-        shape["channels"] = problem.out_channels
-        index = np.int64 if wide else np.int32
-        kernels.launch(
-            _epilogue(problem.dtype, windows.first, wide, problem.activation),
-            f"conv_bias_activation_{kernels.suffix(problem.dtype)}",
-            device,
-            (kernels.grid_for(work, device),),
-            (kernels.BLOCK,),
-            (z, bias, z if in_place else image, shape, np.int32(n), index(start), index(count),
-             np.int32(in_place)),
-        )  # fmt: skip
+        def run(dz: Array, x: Array, dw: Array) -> None:
+            sums = dw if in_place else xp.empty(room, wide)
+            for at, shape, gather, merged, add in steps:
+                image, given = (x, dz) if at is None else (x[at], dz[at])
+                columns = image
+                if gather is not None:
+                    columns = xp.empty(shape, dtype)
+                    gather(image, columns)
+                if merged:
+                    given = by_channel(given)
+                elif of_dz:
+                    given = dense_image(problem, given, True)
+                add(columns, given, sums)
+                del columns, given
+            if not in_place:
+                cuda_arrays.put(stored_weights(problem, dw), sums)
+
+        return run
 
 
-# -------------------------------------------------------------------------------- as matrices
-
-
-def _weight_matrices(problem: ConvProblem, weights: Array) -> Array:
-    """Return dense weights as a matrix a group: (groups, inner, out_group), or, channels first,
-    (groups, out_group, inner).
-    """
-    groups, out_group = problem.groups, problem.out_channels // problem.groups
-    if problem.layout == CHANNELS_FIRST:
-        return weights.reshape(groups, out_group, -1)
-    return weights.reshape(-1, groups, out_group).transpose(1, 0, 2)
-
-
-def _part(problem: ConvProblem, image: Array, n0: int, n: int, start: int, count: int) -> Array:
-    """Return positions of a dense image as (n, count, groups, in_group), or, channels first,
-    (n, groups, in_group, count): a view.
-    """
-    groups = problem.groups
-    part = image[n0 : n0 + n]
-    if problem.layout == CHANNELS_FIRST:
-        flat = part.reshape(n, groups, image.shape[1] // groups, -1)
-        return flat[..., start : start + count]
-    flat = part.reshape(n, -1, groups, image.shape[-1] // groups)
-    return flat[:, start : start + count]
-
-
-def _empty(problem: ConvProblem, n: int, count: int) -> Array:
-    """Return room for results of ``count`` positions of ``n`` examples, as :func:`_part`."""
-    groups, out_group = problem.groups, problem.out_channels // problem.groups
-    first = problem.layout == CHANNELS_FIRST
-    shape = (n, groups, out_group, count) if first else (n, count, groups, out_group)
-    return runtime.cupy().empty(shape, problem.dtype)
-
-
-def _rows(part: Array) -> Array:
-    """Return (n, count, groups, k) as (groups, n * count, k), a view."""
-    n, count, groups, k = part.shape
-    return part.reshape(n * count, groups, k).transpose(1, 0, 2)
-
-
-def _multiply(problem: ConvProblem, columns: Array, weights: Array, z: Array) -> None:
-    """Write windows times weights into ``z``."""
-    if problem.layout != CHANNELS_FIRST:
-        cublas.product(_rows(columns), weights, _rows(z))
-    elif columns.shape[0] >= problem.groups:
-        for g in range(problem.groups):
-            shared = _repeated(weights[g], columns.shape[0])
-            cublas.product(shared, columns[:, g], z[:, g])
-    else:
-        for n in range(columns.shape[0]):
-            cublas.product(weights, columns[n], z[n])
-
-
-def _multiply_back(problem: ConvProblem, dz: Array, weights: Array, columns: Array) -> None:
-    """Write ``dz`` times the transposed weights into ``columns``."""
-    turned = weights.transpose(0, 2, 1)
-    if problem.layout != CHANNELS_FIRST:
-        cublas.product(_rows(dz), turned, _rows(columns))
-    elif dz.shape[0] >= problem.groups:
-        for g in range(problem.groups):
-            cublas.product(_repeated(turned[g], dz.shape[0]), dz[:, g], columns[:, g])
-    else:
-        for n in range(dz.shape[0]):
-            cublas.product(turned, dz[n], columns[n])
-
-
-def _accumulate(problem: ConvProblem, columns: Array, dz: Array, dw: Array, later: bool) -> None:
-    """Write windows transposed times ``dz`` into the matrices ``dw``, or add it (``later``)."""
-    if problem.layout != CHANNELS_FIRST:
-        cublas.product(_rows(columns).transpose(0, 2, 1), _rows(dz), dw, later)
-        return
-    for n in range(dz.shape[0]):
-        cublas.product(dz[n], columns[n].transpose(0, 2, 1), dw, later or n > 0)
-
-
-def _repeated(matrix: Array, count: int) -> Array:
-    """Return the same matrix ``count`` times, a view."""
-    return runtime.cupy().broadcast_to(matrix[None], (count, *matrix.shape))
+def _finish(
+    problem: ConvProblem, y: Array, start: int, count: int, in_place: bool, device: int
+) -> Callable[[Array, Any, Array], None]:
+    """Return what writes ``act(z + b)`` into positions like these of ``y``, which may be ``z``."""
+    n = y.shape[0]
+    windows = _Windows(problem, y, device)
+    work = n * count * problem.out_channels
+    wide = max(work + kernels.BLOCK * 32 * 2048, reach(y)) >= cuda_arrays.WIDE_FROM
+    shape = windows.fill(wide)
+    shape["channels"] = problem.out_channels
+    index = np.int64 if wide else np.int32
+    return kernels.prepare(
+        _epilogue(problem.dtype, windows.first, wide, problem.activation),
+        f"conv_bias_activation_{kernels.suffix(problem.dtype)}",
+        device,
+        (kernels.grid_for(work, device),),
+        (kernels.BLOCK,),
+        (shape, np.int32(n), index(start), index(count), np.int32(in_place)),
+    )

@@ -1,15 +1,13 @@
 """Tiled products whose window matrix is never made: ``kernels/conv_implicit_gemm.cu``.
 
 Arrays of any strides go to the kernel as they are, so no copies are made; the only workspace
-is for sums that are divided among blocks. What a call needs beyond its pointers is worked out
-once for each problem and arrangement of memory, and kept.
+is for sums that are divided among blocks.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -17,8 +15,9 @@ from gpuconv.activations import Activation, get_activation
 from gpuconv.cuda import architecture, kernels, runtime, split_sum, tiles
 from gpuconv.cuda.tiles import DEPTH, TILES, Choice, Tile
 from gpuconv.engines import cuda_arrays
-from gpuconv.engines.base import Engine, Pass, bias_grad
+from gpuconv.engines.base import Pass
 from gpuconv.engines.cuda_arrays import NULL, element_strides, reach
+from gpuconv.engines.cuda_engine import CudaEngine
 from gpuconv.engines.cuda_product import Packs, describe, phase_counts, shape_of, strided
 from gpuconv.problem import ConvProblem
 
@@ -28,8 +27,6 @@ Array = Any
 
 #: Blocks of a launch's second and third axis.
 _MOST_BLOCKS = 65535
-#: Launches that are remembered.
-_MOST_PLANS = 4096
 
 
 @lru_cache(maxsize=1024)
@@ -81,44 +78,10 @@ def sample_variants() -> Iterator[kernels.Variant]:
     yield _variant("bfloat16", 2, "weight_grad", False, square, along, False, None)
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """One launch, all but its pointers, and what goes before and after it.
-
-    Attributes
-    ----------
-    kernel : callable
-    grid, block : tuple of int
-    product : array
-        The kernel's structure, passed by value.
-    parts : tuple or None
-        Shape of the parts of a divided sum; None where it is not divided.
-    add : callable or None
-        Adds up the parts: takes them, the bias and the result.
-    sums : str
-        Dtype of the sums.
-    as_sums : bool
-        The result is of that dtype and the operands are not.
-    zero : bool
-        There are results that no launch writes.
-    """
-
-    kernel: Callable[..., None]
-    grid: tuple[int, ...]
-    block: tuple[int, ...]
-    product: Any
-    parts: tuple[int, ...] | None
-    sums: str
-    as_sums: bool
-    add: Callable[[Array, Any, Array], None] | None
-    zero: bool
-
-
-class CudaImplicitGemm(Engine):
+class CudaImplicitGemm(CudaEngine):
     """A product over windows that are fetched as it goes."""
 
     name = "cuda_implicit_gemm"
-    device_kind = "cuda"
 
     def unsupported(self, problem: ConvProblem, pass_: Pass) -> str | None:
         """Return why it cannot compute this pass of ``problem``, or None."""
@@ -142,97 +105,80 @@ class CudaImplicitGemm(Engine):
         shape = shape_of(problem, pass_)
         return tiles.choose(architecture.gpu(), shape, cls.workspace_limit())
 
-    # ----------------------------------------------------------------------------------- passes
+    def prepare(
+        self, problem: ConvProblem, pass_: Pass, arrays: tuple[Array, ...], device: int
+    ) -> Callable[..., None]:
+        """Return what launches a pass: the product and, of a divided sum, what adds the parts."""
+        if pass_ == "forward":
+            x, w, _, y = arrays
+            run = self._product(problem, pass_, x, w, y, device)
+            return lambda x, w, b, y: run(x, w, b, y)
+        if pass_ == "input_grad":
+            dz, w, dx = arrays
+            run = self._product(problem, pass_, dz, w, dx, device)
+            return lambda dz, w, dx: run(dz, w, NULL, dx)
+        dz, x, dw = arrays
+        run = self._product(problem, pass_, x, dz, dw, device)
+        return lambda dz, x, dw: run(x, dz, NULL, dw)
 
-    def forward(self, problem: ConvProblem, x: Array, w: Array, b: Array | None, y: Array) -> None:
-        """Write ``act(conv(x, w) + b)`` into ``y``."""
-        if b is not None and not b.flags.c_contiguous:
-            b = runtime.cupy().ascontiguousarray(b)
-        self._run(problem, "forward", x, w, NULL if b is None else b, y)
-
-    def input_grad(self, problem: ConvProblem, dz: Array, w: Array, dx: Array) -> None:
-        """Write the gradient with respect to ``x`` into ``dx``."""
-        self._run(problem, "input_grad", dz, w, NULL, dx)
-
-    def weight_grad(
-        self, problem: ConvProblem, dz: Array, x: Array, dw: Array | None, db: Array | None
-    ) -> None:
-        """Write the gradients with respect to ``w`` and ``b`` into those of ``dw``, ``db`` given."""
-        if dw is not None:
-            self._run(problem, "weight_grad", x, dz, NULL, dw)
-        if db is not None:
-            bias_grad(dz, db)
-
-    def _run(
-        self, problem: ConvProblem, pass_: Pass, a: Array, b: Array, bias: Any, c: Array
-    ) -> None:
-        xp = runtime.cupy()
-        device = xp.cuda.runtime.getDevice()
-        aligned = a.data.ptr % 16 == 0, b.data.ptr % 16 == 0, c.data.ptr % 16 == 0
-        key = (
-            self.name, problem, pass_, a.strides, b.strides, c.strides, c.dtype, aligned, device,
-            self.workspace_limit(),
-        )  # fmt: skip
-        plan = kernels.plans.get(key)
-        if plan is None:
-            if len(kernels.plans) >= _MOST_PLANS:
-                kernels.plans.clear()
-            plan = kernels.plans[key] = self._plan(problem, pass_, a, b, c, aligned, device)
-        if plan.zero:
-            c.fill(0)
-        if plan.parts is None or plan.add is None:
-            results = (NULL, c) if plan.as_sums else (c, NULL)
-            plan.kernel(plan.grid, plan.block, (a, b, bias, *results, plan.product))
-            return
-        parts = xp.empty(plan.parts, plan.sums)
-        plan.kernel(plan.grid, plan.block, (a, b, NULL, NULL, parts, plan.product))
-        plan.add(parts, bias, c)
-
-    def _plan(self, problem: ConvProblem, pass_: Pass, a: Array, b: Array, c: Array,
-              aligned: tuple[bool, bool, bool], device: int) -> _Plan:  # fmt: skip
-        """Choose a tile and work out the launch."""
+    def _product(
+        self, problem: ConvProblem, pass_: Pass, a: Array, b: Array, c: Array, device: int
+    ) -> Callable[[Array, Array, Any, Array], None]:
+        """Choose a tile and return what launches ``c = a b``, given a, b, the bias and c."""
         shape, choice = shape_of(problem, pass_), self._choice(problem, pass_)
-        tile, phases = choice.tile, strided(problem, pass_)
-        result = element_strides(c) if choice.parts == 1 else cuda_arrays.dense_strides(c.shape)
+        tile, parts, phases = choice.tile, choice.parts, strided(problem, pass_)
+        result = element_strides(c) if parts == 1 else cuda_arrays.dense_strides(c.shape)
         product = describe(problem, pass_, element_strides(a), element_strides(b), result)
-        packs = product.packs(problem, pass_, aligned)
+        packs = product.packs(problem, pass_, tuple(x.data.ptr % 16 == 0 for x in (a, b, c)))
         far = max(*(reach(array) for array in (a, b, c)), math.prod(c.shape))
         # Rows beyond the last and the step beyond the end are counted too.
         far += tile.rows * max(abs(s) for s in result) + DEPTH * max(map(abs, element_strides(a)))
-        far = max(far, shape.rows + tile.rows, shape.inner + DEPTH * choice.parts)
+        far = max(far, shape.rows + tile.rows, shape.inner + DEPTH * parts)
         wide = far >= cuda_arrays.WIDE_FROM
         activation = problem.activation if pass_ == "forward" else None
         blocks = -(-shape.rows // tile.rows) * -(-shape.columns // tile.columns) * problem.groups
         # The phases' sums differ in length: those that are not divided have no bound.
-        length = choice.length if choice.parts > 1 else 2**62 if wide else 2**31 - 1
+        length = choice.length if parts > 1 else 2**62 if wide else 2**31 - 1
         structure = product.structure(tile, packs, length, math.prod(c.shape), wide)
         variant = _variant(
             problem.dtype, problem.ndim, pass_, phases, tile, packs, wide,
-            activation if choice.parts == 1 else None,
+            activation if parts == 1 else None,
         )  # fmt: skip
-        covered = [n == s for n, s in zip(phase_counts(problem), problem.stride, strict=True)]
-        return _Plan(
-            kernels.function(variant, variant.functions[0], device),
-            (blocks, choice.parts, math.prod(phase_counts(problem)) if phases else 1),
-            (tile.threads,),
-            structure,
-            (choice.parts, *c.shape) if choice.parts > 1 else None,
-            "float64" if problem.dtype == "float64" else "float32",
-            c.dtype.name != problem.dtype,
-            _adder(c, choice.parts, activation, wide, device) if choice.parts > 1 else None,
-            phases and not all(covered),
+        grid = blocks, parts, math.prod(phase_counts(problem)) if phases else 1
+        launch = kernels.prepare(
+            variant, variant.functions[0], device, grid, (tile.threads,), (structure,)
         )
+        if parts > 1:
+            return _divided(launch, problem, c, parts, wide, device, activation)
+        as_sums = c.dtype.name != problem.dtype  # parts of a gradient are asked for in float32
+        covered = [n == s for n, s in zip(phase_counts(problem), problem.stride, strict=True)]
+        zero = phases and not all(covered)  # there are results that no launch writes
+
+        def whole(a: Array, b: Array, bias: Any, c: Array) -> None:
+            if zero:
+                cuda_arrays.zero(c)
+            if as_sums:
+                launch(a, b, bias, NULL, c)
+            else:
+                launch(a, b, bias, c, NULL)
+
+        return whole
 
 
-def _adder(
-    c: Array, parts: int, activation: Activation | None, wide: bool,
-    device: int,
-) -> Callable[[Array, Any, Array], None]:  # fmt: skip
-    """Return what adds up ``parts`` parts of an array like ``c``."""
-    dtype, shape, strides = c.dtype.name, c.shape, element_strides(c)
+def _divided(
+    launch: Callable[..., None], problem: ConvProblem, c: Array, parts: int, wide: bool,
+    device: int, activation: Activation | None,
+) -> Callable[[Array, Array, Any, Array], None]:  # fmt: skip
+    """Return what launches a product whose sums are in parts, and adds these up into ``c``."""
+    xp, shape = runtime.cupy(), (parts, *c.shape)
+    sums = "float64" if problem.dtype == "float64" else "float32"
+    add = split_sum.prepare(
+        c.dtype.name, c.shape, element_strides(c), parts, wide, device, activation
+    )
 
-    def add(sums: Array, bias: Any, result: Array) -> None:
-        arrays = sums, bias, result, NULL
-        split_sum.launch(dtype, shape, strides, parts, wide, arrays, device, activation)
+    def run(a: Array, b: Array, bias: Any, c: Array) -> None:
+        room = xp.empty(shape, sums)
+        launch(a, b, NULL, NULL, room)
+        add(room, bias, c, NULL)
 
-    return add
+    return run

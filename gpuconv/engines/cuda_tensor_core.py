@@ -9,7 +9,7 @@ workspace, channels filled up with zeros.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -23,8 +23,9 @@ from gpuconv.cuda.architecture import GPU
 from gpuconv.cuda.tensor_tiles import Choice, Product, Tile
 from gpuconv.device import probe
 from gpuconv.engines import cuda_arrays
-from gpuconv.engines.base import Engine, Pass, bias_grad
+from gpuconv.engines.base import Engine, Pass
 from gpuconv.engines.cuda_arrays import NULL, three
+from gpuconv.engines.cuda_engine import CudaEngine
 from gpuconv.problem import CHANNELS_FIRST, ConvProblem
 
 __all__ = ["CudaTensorCore", "sample_variants"]
@@ -223,32 +224,42 @@ def _dense(array: Array, size: int = 16) -> bool:
     return bool(array.flags.c_contiguous) and array.data.ptr % size == 0
 
 
-def _image(array: Array, groups: int, count: int, filled: int) -> Array:
-    """Return pixels dense, a group's channels filled up with zeros."""
-    if count == filled and _dense(array, math.gcd(16, filled * array.dtype.itemsize)):
-        return array
-    xp = runtime.cupy()
+def _as_it_is(array: Array) -> Array:
+    return array
+
+
+def _copy(array: Array) -> Array:
+    return runtime.cupy().array(array, order="C")
+
+
+def _image(array: Array, groups: int, count: int, filled: int) -> Callable[[Array], Array]:
+    """Return what makes pixels such as these dense, a group's channels filled up with zeros."""
     if count == filled:
-        return xp.array(array, order="C")
-    dense = xp.zeros((*array.shape[:-1], groups, filled), array.dtype)
-    dense[..., :count] = array.reshape(*array.shape[:-1], groups, count)
-    return dense
+        there = _dense(array, math.gcd(16, filled * array.dtype.itemsize))
+        return _as_it_is if there else _copy
+    xp, shape = runtime.cupy(), array.shape[:-1]
+
+    def fill(array: Array) -> Array:
+        dense = xp.zeros((*shape, groups, filled), array.dtype)
+        cuda_arrays.put(dense[..., :count], array.reshape(*shape, groups, count))
+        return dense
+
+    return fill
 
 
-def _weights(array: Array, groups: int, filled: tuple[int, int]) -> Array:
-    """Return weights dense, input channels and each group's output channels filled up."""
+def _weights(array: Array, groups: int, filled: tuple[int, int]) -> Callable[[Array], Array]:
+    """Return what makes weights dense, input channels and each group's output channels filled up."""
     *kernel, rows, columns = array.shape
-    whole = (rows, columns) == (filled[0], filled[1] * groups)
-    if whole and _dense(array):
-        return array
-    xp = runtime.cupy()
-    if whole:
-        return xp.array(array, order="C")
-    dense = xp.zeros((*kernel, filled[0], groups, filled[1]), array.dtype)
-    dense[..., :rows, :, : columns // groups] = array.reshape(
-        *kernel, rows, groups, columns // groups
-    )
-    return dense
+    if (rows, columns) == (filled[0], filled[1] * groups):
+        return _as_it_is if _dense(array) else _copy
+    xp, shape = runtime.cupy(), (*kernel, rows, groups, columns // groups)
+
+    def fill(array: Array) -> Array:
+        dense = xp.zeros((*kernel, filled[0], groups, filled[1]), array.dtype)
+        cuda_arrays.put(dense[..., :rows, :, : columns // groups], array.reshape(shape))
+        return dense
+
+    return fill
 
 
 def _copied(array: Array, groups: int = 1, count: int = 0, filled: int = 0) -> int:
@@ -262,11 +273,10 @@ def _copied(array: Array, groups: int = 1, count: int = 0, filled: int = 0) -> i
 # --------------------------------------------------------------------------------------- engine
 
 
-class CudaTensorCore(Engine):
+class CudaTensorCore(CudaEngine):
     """Products of tiles on tensor cores, gathered from the image as they are needed."""
 
     name = "cuda_tensor_core"
-    device_kind = "cuda"
     dtypes = ("float16", "bfloat16")
 
     def unsupported(self, problem: ConvProblem, pass_: Pass) -> str | None:
@@ -336,75 +346,89 @@ class CudaTensorCore(Engine):
             y if first or (y_filled and pass_ != "forward") else 0,
         )
 
-    def forward(self, problem: ConvProblem, x: Array, w: Array, b: Array | None, y: Array) -> None:
-        """Write ``act(conv(x, w) + b)`` into ``y``."""
-        c, o = _channels(problem, "forward")
-        weights = _weights(w, problem.groups, (c, o))
-        bias = NULL if b is None else runtime.cupy().ascontiguousarray(b)
-        self._gather(problem, "forward", x, weights, weights is not w, bias, y)
+    def prepare(
+        self, problem: ConvProblem, pass_: Pass, arrays: tuple[Array, ...], device: int
+    ) -> Callable[..., None]:
+        """Return what launches a pass, a part of the batch at a time where anything is copied."""
+        if pass_ == "weight_grad":
+            return _to_weights(problem, arrays, device)
+        if pass_ == "forward":
+            image, weights, _, result = arrays
+            return _to_pixels(problem, pass_, image, weights, result, device)
+        image, weights, result = arrays
+        run = _to_pixels(problem, pass_, image, weights, result, device)
+        return lambda dz, w, dx: run(dz, w, NULL, dx)
 
-    def input_grad(self, problem: ConvProblem, dz: Array, w: Array, dx: Array) -> None:
-        """Write the gradient with respect to ``x`` into ``dx``."""
-        weights = _weights(w, problem.groups, _channels(problem, "input_grad"))
-        self._gather(problem, "input_grad", dz, weights, weights is not w, NULL, dx)
 
-    @staticmethod
-    def _gather(
-        problem: ConvProblem,
-        pass_: Pass,
-        image: Array,
-        weights: Array,
-        copied: bool,
-        bias: Array,
-        result: Array,
-    ) -> None:
-        """Compute a pass whose results are pixels, a part of the batch at a time."""
-        xp = runtime.cupy()
-        groups = problem.groups
-        filled = _channels(problem, pass_)[0 if pass_ == "forward" else 1]
-        count = image.shape[-1] // groups
-        in_place = _dense(result)
-        example = _copied(image, groups, count, filled) + _copied(result)
-        for part, at in _parts(problem, example, weights.nbytes if copied else 0):
-            some, place = (image, result) if part is problem else (image[at], result[at])
+def _to_pixels(
+    problem: ConvProblem, pass_: Pass, image: Array, weights: Array, result: Array, device: int
+) -> Callable[[Array, Array, Any, Array], None]:
+    """Return what computes a pass whose results are pixels, given image, weights, bias, result."""
+    xp, groups = runtime.cupy(), problem.groups
+    channels = _channels(problem, pass_)
+    filled = channels[0 if pass_ == "forward" else 1]
+    count = image.shape[-1] // groups
+    dense_weights = _weights(weights, groups, channels)
+    in_place = _dense(result)
+    example = _copied(image, groups, count, filled) + _copied(result)
+    copied = 0 if dense_weights is _as_it_is else dense_weights(weights).nbytes
+    cut = [
+        (at, _image(image[at], groups, count, filled), _launcher(part, pass_, device, False))
+        for part, at in _parts(problem, example, copied)
+    ]
+    if len(cut) == 1 and in_place and not copied and cut[0][1] is _as_it_is:
+        return cut[0][2]
+
+    def run(image: Array, weights: Array, bias: Any, result: Array) -> None:
+        weights = dense_weights(weights)
+        for at, dense, launch in cut:
+            place = result[at]
             target = place if in_place else xp.empty(place.shape, place.dtype)
-            _launch(part, pass_, (_image(some, groups, count, filled), weights, bias, target))
+            launch(dense(image[at]), weights, bias, target)
             if not in_place:
-                place[...] = target
+                cuda_arrays.put(place, target)
 
-    def weight_grad(
-        self, problem: ConvProblem, dz: Array, x: Array, dw: Array | None, db: Array | None
-    ) -> None:
-        """Write the gradients with respect to ``w`` and ``b`` into those of ``dw``, ``db`` given."""
-        if db is not None:
-            bias_grad(dz, db)
-        if dw is None:
-            return
-        xp = runtime.cupy()
-        groups = problem.groups
-        c, o = _channels(problem, "weight_grad")
-        counts = problem.in_channels // groups, problem.out_channels // groups
-        example = _copied(x, groups, counts[0], c) + _copied(dz, groups, counts[1], o)
-        fixed = 8 * dw.size  # a result that is not dense, and sums over the parts
-        cut = list(_parts(problem, example, fixed))
-        result, total = dw, None
-        if len(cut) > 1 or dw.dtype != x.dtype:  # 16-bit gradients may be wanted in float32
-            result = NULL
-            if dw.dtype == "float32" and dw.flags.c_contiguous:
-                total = dw
-                total.fill(0)
-            else:
-                total = xp.zeros(dw.shape, "float32")
-        elif not _dense(dw):
-            result = xp.empty(dw.shape, dw.dtype)
-        for part, at in cut:
-            some, other = (x, dz) if part is problem else (x[at], dz[at])
-            pixels = _image(some, groups, counts[0], c)
-            gradient = _image(other, groups, counts[1], o)
-            _launch(part, "weight_grad", (pixels, gradient, NULL, result), total)
-        made = result if total is None else total
-        if made is not dw:
-            dw[...] = made
+    return run
+
+
+def _to_weights(
+    problem: ConvProblem, arrays: tuple[Array, ...], device: int
+) -> Callable[[Array, Array, Array], None]:
+    """Return what computes a weight gradient, given dz, x and dw."""
+    xp, groups = runtime.cupy(), problem.groups
+    dz, x, dw = arrays
+    c, o = _channels(problem, "weight_grad")
+    in_group, out_group = problem.in_channels // groups, problem.out_channels // groups
+    example = _copied(x, groups, in_group, c) + _copied(dz, groups, out_group, o)
+    fixed = 8 * dw.size  # a result that is not dense, and sums over the parts
+    parts = list(_parts(problem, example, fixed))
+    # 16-bit gradients may be wanted in float32.
+    summed = len(parts) > 1 or dw.dtype != x.dtype
+    cut = [
+        (
+            at,
+            _image(x[at], groups, in_group, c),
+            _image(dz[at], groups, out_group, o),
+            _launcher(part, "weight_grad", device, summed),
+        )
+        for part, at in parts
+    ]
+    if not summed and _dense(dw) and cut[0][1] is cut[0][2] is _as_it_is:
+        launch = cut[0][3]
+        return lambda dz, x, dw: launch(x, dz, NULL, dw)
+    in_place = dw.dtype == "float32" and dw.flags.c_contiguous if summed else _dense(dw)
+
+    def run(dz: Array, x: Array, dw: Array) -> None:
+        result = dw if in_place else xp.empty(dw.shape, "float32" if summed else dw.dtype)
+        if summed:
+            cuda_arrays.zero(result)
+        for at, pixels, gradient, launch in cut:
+            into = (NULL, result) if summed else (result,)
+            launch(pixels(x[at]), gradient(dz[at]), NULL, *into)
+        if not in_place:
+            cuda_arrays.put(dw, result)
+
+    return run
 
 
 def _room() -> int:
@@ -431,33 +455,30 @@ def _parts(problem: ConvProblem, example: int, fixed: int) -> Iterator[tuple[Con
         yield problem.with_batch(size), slice(start, start + size)
 
 
-def _launch(
-    problem: ConvProblem, pass_: Pass, arrays: tuple[Any, ...], total: Array | None = None
-) -> None:
-    """Launch the product and, where its depth is divided or a total is kept, the sums."""
+def _launcher(problem: ConvProblem, pass_: Pass, device: int, summed: bool) -> Callable[..., None]:
+    """Return what launches the product and, where its depth is divided, the sums.
+
+    It takes image, weights (or gradient), bias and result; ``summed``: also the float32 total
+    that the product is added to.
+    """
     xp = runtime.cupy()
-    device = int(xp.cuda.runtime.getDevice())
     plan = _plan(problem, pass_, architecture.gpu(device), _room(), cuda_arrays.WIDE_FROM)
-    divided = plan.splits > 1 or total is not None
-    partial = xp.empty(plan.splits * plan.results, "float32") if divided else NULL
-    kernels.launch(
-        plan.variant,
-        plan.variant.functions[0],
-        device,
-        plan.grid,
-        plan.block,
-        (*arrays, partial, *plan.sizes),
-        plan.variant.shared_bytes,
-    )
-    if divided:
-        into = arrays[2], arrays[3], NULL if total is None else total
-        split_sum.launch(
-            problem.dtype,
-            plan.shape,
-            cuda_arrays.dense_strides(plan.shape),
-            plan.splits,
-            plan.wide_index,
-            (partial, *into),
-            device,
-            plan.activation,
-        )
+    variant = plan.variant
+    launch = kernels.prepare(
+        variant, variant.functions[0], device, plan.grid, plan.block, plan.sizes,
+        variant.shared_bytes,
+    )  # fmt: skip
+    if plan.splits == 1 and not summed:
+        return lambda image, weights, bias, result: launch(image, weights, bias, result, NULL)
+    add = split_sum.prepare(
+        problem.dtype, plan.shape, cuda_arrays.dense_strides(plan.shape), plan.splits,
+        plan.wide_index, device, plan.activation,
+    )  # fmt: skip
+    room = plan.splits * plan.results
+
+    def divided(image: Array, weights: Array, bias: Any, result: Any, total: Any = NULL) -> None:
+        partial = xp.empty(room, "float32")
+        launch(image, weights, bias, result, partial)
+        add(partial, bias, result, total)
+
+    return divided

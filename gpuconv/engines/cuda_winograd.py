@@ -1,8 +1,8 @@
 """Winograd's minimal filtering on a GPU: ``kernels/winograd.cu`` and products of cuBLAS.
 
 3x3 kernels of stride 1 in two dimensions, ``F(m x m, 3 x 3)`` with the tile ``m`` of least cost.
-The kernels transform tiles on either side of ``n * n`` matrix products, which CuPy hands to
-cuBLAS in one batched call; its operands lie so that none of them is transposed. Tiles are
+The kernels transform tiles on either side of ``n * n`` matrix products, which are one batched call
+of cuBLAS; its operands lie so that none of them is transposed. Tiles are
 numbered over the whole batch, and a pass takes as many at a time as the workspace holds.
 
 The sums round some ten times worse than the definition's. What is not finite is computed by the
@@ -11,7 +11,7 @@ definition, inside the kernels, so nothing waits for the host.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -19,10 +19,12 @@ import numpy as np
 
 from gpuconv import settings
 from gpuconv.activations import Activation, get_activation
-from gpuconv.cuda import architecture, kernels, runtime
+from gpuconv.cuda import architecture, cublas, kernels, runtime
+from gpuconv.cuda.cublas import Matrices
 from gpuconv.engines import cuda_arrays
-from gpuconv.engines.base import Engine, Pass, bias_grad
+from gpuconv.engines.base import Pass
 from gpuconv.engines.cuda_arrays import NULL
+from gpuconv.engines.cuda_engine import CudaEngine
 from gpuconv.engines.cuda_winograd_plan import (
     ALIGN,
     TAPS,
@@ -104,11 +106,10 @@ def _planned(problem: ConvProblem, pass_: Pass) -> Plan:
     return plan_of(problem, pass_, settings.get_workspace_limit(), architecture.gpu(device))
 
 
-class CudaWinograd(Engine):
+class CudaWinograd(CudaEngine):
     """Winograd's minimal filtering: transforms in kernels, products by cuBLAS."""
 
     name = "cuda_winograd"
-    device_kind = "cuda"
     ndims = (2,)
     error_factor = 10.0
 
@@ -139,190 +140,216 @@ class CudaWinograd(Engine):
         """Return the bytes of the factors of filters and of a chunk of tiles, and their products."""
         return _planned(problem, pass_).workspace
 
-    def forward(self, problem: ConvProblem, x: Array, w: Array, b: Array | None, y: Array) -> None:
-        """Write ``act(conv(x, w) + b)`` into ``y``."""
-        steps = _weight_steps(problem, w)
-        before = problem.padding[0][0], problem.padding[1][0]
-        plan = _planned(problem, "forward")
-        _correlate(problem, plan, x, w, steps, before, b, y, problem.activation)
-
-    def input_grad(self, problem: ConvProblem, dz: Array, w: Array, dx: Array) -> None:
-        """Write the gradient with respect to ``x`` into ``dx``."""
-        turned = w[::-1, ::-1]
-        row, column, inputs, outputs, group = _weight_steps(problem, turned)
-        before = TAPS - 1 - problem.padding[0][0], TAPS - 1 - problem.padding[1][0]
-        plan = _planned(problem, "input_grad")
-        steps = row, column, outputs, inputs, group
-        _correlate(problem, plan, dz, turned, steps, before, None, dx, None)
-
-    def weight_grad(
-        self, problem: ConvProblem, dz: Array, x: Array, dw: Array | None, db: Array | None
-    ) -> None:
-        """Write the gradients with respect to ``w`` and ``b`` into those of ``dw``, ``db`` given."""
-        if db is not None:
-            bias_grad(dz, db)
-        if dw is None:
-            return
-        # Parts of a gradient are asked for in float32.
-        result = dw if dw.dtype == x.dtype else runtime.cupy().empty(dw.shape, x.dtype)
-        _weight_grad(problem, _planned(problem, "weight_grad"), dz, x, result)
-        if result is not dw:
-            dw[...] = result
+    def prepare(
+        self, problem: ConvProblem, pass_: Pass, arrays: tuple[Array, ...], device: int
+    ) -> Callable[..., None]:
+        """Return what launches a pass: transforms, products, transforms, chunk by chunk."""
+        plan = _planned(problem, pass_)
+        (top, _), (left, _) = problem.padding
+        if pass_ == "weight_grad":
+            return _weight_grad(problem, plan, arrays, device)
+        if pass_ == "forward":
+            x, w, _, y = arrays
+            steps = _weight_steps(problem, w)
+            launcher = _Launcher(problem, plan, (x, w, y), device, problem.activation)
+            return _correlate(plan, launcher, x, steps, (top, left), y)
+        dz, w, dx = arrays
+        row, column, inputs, outputs, group = _weight_steps(problem, w[::-1, ::-1])
+        before = TAPS - 1 - top, TAPS - 1 - left
+        launcher = _Launcher(problem, plan, arrays, device, None)
+        run = _correlate(plan, launcher, dz, (row, column, outputs, inputs, group), before, dx)
+        return lambda dz, w, dx: run(dz, w[::-1, ::-1], NULL, dx)
 
 
 # ------------------------------------------------------------------------------------- the passes
 
 
 def _correlate(
-    problem: ConvProblem,
     plan: Plan,
+    launcher: _Launcher,
     source: Array,
-    w: Array,
     steps: tuple[int, ...],
     before: tuple[int, int],
-    bias: Array | None,
     target: Array,
-    activation: Activation | None,
-) -> None:
-    """Write ``act(source * w + bias)`` into ``target``, chunk by chunk.
+) -> Callable[[Array, Array, Any, Array], None]:
+    """Return what writes ``act(source * w + bias)`` into ``target``, given these and the bias.
 
     ``steps`` are those of ``w``, as :func:`_weight_steps` gives them, with source's channels in
     the place of the inputs; ``before`` are the zeros before the source's rows and columns.
     """
-    xp = runtime.cupy()
-    launch = _Launcher(problem, plan, (source, w, target), activation)
-    wide, groups = wide_dtype(problem), problem.groups
-    inputs, outputs, count = plan.inputs, plan.outputs, plan.factors
-    by_channel = problem.layout == CHANNELS_FIRST
-    bias = NULL if bias is None else xp.ascontiguousarray(bias)
-
-    shape = (count * groups, outputs, inputs) if by_channel else (count * groups, inputs, outputs)
-    filters = xp.empty(shape, wide)
-    launch(
+    xp, wide, groups = runtime.cupy(), launcher.wide, launcher.groups
+    inputs, outputs, count = plan.inputs, plan.outputs, plan.factors * launcher.groups
+    by_channel = launcher.by_channel
+    into_filters = launcher(
         "filters",
         round_up(inputs, RUN) * outputs * groups,
-        (w, filters),
         (*_ints(inputs, outputs * groups, groups), *_longs(*steps)),
         _ints(by_channel, _filter_run(steps, inputs, by_channel)),
     )
-    factors = xp.empty(count * groups * plan.chunk * inputs, wide)
-    products = xp.empty(count * groups * plan.chunk * outputs, wide)
+    filters = (outputs, inputs) if by_channel else (inputs, outputs)
+    chunks = []
     for first in range(0, plan.tiles, plan.chunk):
         tiles = min(plan.chunk, plan.tiles - first)
         length = round_up(tiles, ALIGN)
-        left = factors[: count * groups * length * inputs]
-        right = products[: count * groups * length * outputs]
-        launch.transform("input", source, left, before, first, tiles, inputs, length, by_channel)
-        if by_channel:
-            left = left.reshape(count * groups, inputs, length)
-            right = right.reshape(count * groups, outputs, length)
-            xp.matmul(filters, left, out=right)
-        else:
-            left = left.reshape(count * groups, length, inputs)
-            right = right.reshape(count * groups, length, outputs)
-            xp.matmul(left, filters, out=right)
-        launch(
-            "output",
-            length * groups * outputs,
-            (right, bias, target, source, w),
-            (*_ints(*source.shape[1:3], *target.shape[1:3], *before), np.int64(first)),
-            (*_ints(tiles, inputs), *_steps(target), *_steps(source), *_longs(*steps)),
-            _ints(groups, outputs, length, by_channel),
+        left = (inputs, length) if by_channel else (length, inputs)
+        right = (outputs, length) if by_channel else (length, outputs)
+        operands = (filters, left, right) if by_channel else (left, filters, right)
+        chunks.append(
+            (
+                launcher.transform(
+                    "input", source, before, first, tiles, inputs, length, by_channel
+                ),
+                _product(wide, count, operands),
+                launcher(
+                    "output",
+                    length * groups * outputs,
+                    (*_ints(*source.shape[1:3], *target.shape[1:3], *before), np.int64(first)),
+                    (*_ints(tiles, inputs), *_steps(target), *_steps(source), *_longs(*steps)),
+                    _ints(groups, outputs, length, by_channel),
+                ),
+            )
         )
+    sizes = count * inputs * outputs, count * plan.chunk * inputs, count * plan.chunk * outputs
+
+    def run(source: Array, w: Array, bias: Any, target: Array) -> None:
+        filters, factors, products = [xp.empty(size, wide) for size in sizes]
+        into_filters(w, filters)
+        for into_factors, multiply, out_of_products in chunks:
+            into_factors(source, factors)
+            if by_channel:
+                multiply(filters, factors, products)
+            else:
+                multiply(factors, filters, products)
+            out_of_products(products, bias, target, source, w)
+
+    return run
 
 
-def _weight_grad(problem: ConvProblem, plan: Plan, dz: Array, x: Array, dw: Array) -> None:
-    """Write the gradient of the weights, chunk by chunk."""
+def _weight_grad(
+    problem: ConvProblem, plan: Plan, arrays: tuple[Array, ...], device: int
+) -> Callable[[Array, Array, Array], None]:
+    """Return what writes the gradient of the weights, chunk by chunk, given dz, x and dw."""
     xp = runtime.cupy()
-    launch = _Launcher(problem, plan, (x, dz, dw), None)
-    wide, groups, segments = wide_dtype(problem), problem.groups, plan.segments
-    inputs, outputs, count = plan.inputs, plan.outputs, plan.factors
+    dz, x, dw = arrays
+    # Parts of a gradient are asked for in float32.
+    in_place = dw.dtype == x.dtype
+    wanted = dw if in_place else xp.empty(dw.shape, x.dtype)
+    launcher = _Launcher(problem, plan, (x, dz, wanted), device, None)
+    wide, groups, segments = launcher.wide, problem.groups, plan.segments
+    inputs, outputs = plan.inputs, plan.outputs
+    count = plan.factors * groups * segments
     before = problem.padding[0][0], problem.padding[1][0]
-    of_x = xp.empty(count * groups * plan.chunk * inputs, wide)
-    of_dz = xp.empty(count * groups * plan.chunk * outputs, wide)
-    products = xp.empty((count * groups * segments, inputs, outputs), wide)
-    several = plan.tiles > plan.chunk
-    total = xp.empty(TAPS * TAPS * inputs * outputs * groups, wide) if several else NULL
+    chunks = []
     for first in range(0, plan.tiles, plan.chunk):
         tiles = min(plan.chunk, plan.tiles - first)
         length = round_up(-(-tiles // segments), ALIGN)
-        left = of_x[: count * groups * segments * length * inputs]
-        right = of_dz[: count * groups * segments * length * outputs]
-        launch.transform("input", x, left, before, first, tiles, inputs, length, True)
-        launch.transform("gradient", dz, right, (0, 0), first, tiles, outputs, length, False)
-        xp.matmul(
-            left.reshape(count * groups * segments, inputs, length),
-            right.reshape(count * groups * segments, length, outputs),
-            out=products,
-        )
         end = first + tiles >= plan.tiles
         sizes = (problem.batch, *x.shape[1:3], *dz.shape[1:3], *before)
-        launch(
-            "filter_grad",
-            inputs * outputs * groups,
-            (products, total, x, dz, dw),
-            _ints(*sizes, inputs, outputs * groups, groups, segments),
-            (*_steps(x), *_steps(dz), *_longs(*_weight_steps(problem, dw))),
-            _ints((first == 0) + 2 * end),
+        operands = (inputs, length), (length, outputs), (inputs, outputs)
+        chunks.append(
+            (
+                launcher.transform("input", x, before, first, tiles, inputs, length, True),
+                launcher.transform("gradient", dz, (0, 0), first, tiles, outputs, length, False),
+                _product(wide, count, operands),
+                launcher(
+                    "filter_grad",
+                    inputs * outputs * groups,
+                    _ints(*sizes, inputs, outputs * groups, groups, segments),
+                    (*_steps(x), *_steps(dz), *_longs(*_weight_steps(problem, wanted))),
+                    _ints((first == 0) + 2 * end),
+                ),
+            )
         )
+    every = plan.factors * groups * plan.chunk
+    room = every * inputs, every * outputs, count * inputs * outputs
+    summed = TAPS * TAPS * inputs * outputs * groups if len(chunks) > 1 else 0
+    shape, dtype = wanted.shape, x.dtype
+
+    def run(dz: Array, x: Array, dw: Array) -> None:
+        of_x, of_dz, products = [xp.empty(size, wide) for size in room]
+        total = xp.empty(summed, wide) if summed else NULL
+        result = dw if in_place else xp.empty(shape, dtype)
+        for from_x, from_dz, multiply, add in chunks:
+            from_x(x, of_x)
+            from_dz(dz, of_dz)
+            multiply(of_x, of_dz, products)
+            add(products, total, x, dz, result)
+        if not in_place:
+            cuda_arrays.put(dw, result)
+
+    return run
+
+
+def _product(
+    dtype: str, count: int, operands: tuple[tuple[int, int], ...]
+) -> Callable[[Array, Array, Array], None]:
+    """Return ``count`` products of dense matrices, IEEE whatever the settings, of these sizes."""
+    a, b, c = (Matrices.dense(dtype, count, *sizes) for sizes in operands)
+    return cublas.prepare(a, b, c, exact=True)
 
 
 class _Launcher:
-    """Launches the kernels of one call."""
+    """Prepares the kernels of a pass: call it with a part's name, its work and its constants.
+
+    Attributes
+    ----------
+    wide : str
+        Dtype of the factors.
+    groups : int
+    by_channel : bool
+        Channels are first, so factors lie channel by channel.
+    """
 
     def __init__(
         self,
         problem: ConvProblem,
         plan: Plan,
         arrays: tuple[Array, ...],
+        device: int,
         activation: Activation | None,
     ) -> None:
-        self._plan, self._groups = plan, problem.groups
-        self._dtype = problem.dtype
-        self._device = int(runtime.cupy().cuda.runtime.getDevice())
+        self.wide, self.groups = wide_dtype(problem), problem.groups
+        self.by_channel = problem.layout == CHANNELS_FIRST
+        self._plan, self._dtype, self._device = plan, problem.dtype, device
         wide = _needs_wide_index(plan, problem.groups, arrays)
-        before = _variant(problem.dtype, plan.tile, wide)
-        behind = _output_variant(problem.dtype, plan.tile, wide, activation)
-        self._variants = {"output": behind}
-        self._other = before
+        self._before = _variant(problem.dtype, plan.tile, wide)
+        self._behind = _output_variant(problem.dtype, plan.tile, wide, activation)
 
-    def __call__(self, part: str, work: int, arrays: tuple[Any, ...], *rest: Any) -> None:
-        """Launch a thread for each piece of work."""
-        kernels.launch(
-            self._variants.get(part, self._other),
+    def __call__(self, part: str, work: int, *constants: tuple[Any, ...]) -> Callable[..., None]:
+        """Return what launches a thread for each piece of work."""
+        return kernels.prepare(
+            self._behind if part == "output" else self._before,
             _name(part, self._dtype),
             self._device,
             (-(-work // kernels.BLOCK),),
             (kernels.BLOCK,),
-            (*arrays, *(value for values in rest for value in values)),
+            tuple(value for values in constants for value in values),
         )
 
     def transform(
         self,
         part: str,
         source: Array,
-        factors: Array,
         before: tuple[int, int],
         first: int,
         tiles: int,
         channels: int,
         length: int,
         by_channel: bool,
-    ) -> None:
-        """Write the factors of some tiles, ``length`` a segment."""
+    ) -> Callable[..., None]:
+        """Return what writes the factors of some tiles, ``length`` a segment."""
         plan = self._plan
         every = length * plan.segments
         if (abs(source.strides[3]) > abs(source.strides[2])) == by_channel:
             run = every if by_channel else 1
         else:
             run = RUN
-        self(
+        return self(
             part,
-            every * channels * self._groups,
-            (source, factors),
+            every * channels * self.groups,
             (*_ints(*source.shape[1:3], plan.rows, plan.columns, *before), np.int64(first)),
             (np.int32(tiles), *_steps(source)),
-            _ints(self._groups, channels, plan.segments, length, by_channel, run),
+            _ints(self.groups, channels, plan.segments, length, by_channel, run),
         )
 
 
