@@ -202,19 +202,21 @@ class Cost:
     seconds: float
 
 
-def _median(call: Callable[[], Any], rounds: int) -> float:
-    """Return the seconds of a call."""
-    times = []
+def _medians(called: Sequence[tuple[str | None, Callable[[], Any]]], rounds: int) -> list[float]:
+    """Return the seconds of calls by engines, each round over all: so a disturbance hits few of each."""
+    times: list[list[float]] = [[] for _ in called]
     gc.disable()  # as timeit does: a collection is no part of a call
     try:
         for _ in range(rounds):
-            start = time.perf_counter()
-            for _ in range(CALLS):
-                call()
-            times.append((time.perf_counter() - start) / CALLS)
+            for (engine, call), own in zip(called, times, strict=True):
+                with gpuconv.engine(engine):
+                    start = time.perf_counter()
+                    for _ in range(CALLS):
+                        call()
+                    own.append((time.perf_counter() - start) / CALLS)
     finally:
         gc.enable()
-    return statistics.median(times)
+    return [statistics.median(own) for own in times]
 
 
 def calls(xp: Any, engine: str, case: Case) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -263,21 +265,29 @@ def calls(xp: Any, engine: str, case: Case) -> Iterator[tuple[str, Callable[[], 
 
 def measure(
     xp: Any, engines: Sequence[str] = ENGINES, cases: Sequence[Case] = CASES, rounds: int = ROUNDS
-) -> Iterator[Cost]:
-    """Yield what the calls of engines cost."""
+) -> list[Cost]:
+    """Return what the calls of engines cost."""
     arguments = tuple(range(12))
-    bare = _median(lambda: Idle.kernel((1,), (1,), arguments), rounds)
-    nothing = _median(lambda: None, rounds)
+    called: list[tuple[str | None, Callable[[], Any]]] = [
+        (None, lambda: None),
+        (None, lambda: Idle.kernel((1,), (1,), arguments, shared_mem=0)),
+    ]
+    names, counts = [], []
     for engine in engines:
         for case in cases:
-            with gpuconv.engine(engine):
-                for what, call in calls(xp, engine, case):
+            for what, call in calls(xp, engine, case):
+                with gpuconv.engine(engine):
                     call()
                     Idle.launches = 0
                     call()
-                    count = Idle.launches
-                    seconds = _median(call, rounds) - nothing - count * (bare - nothing)
-                    yield Cost(engine, case.name, what, count, seconds)
+                names.append((engine, case.name, what))
+                counts.append(Idle.launches)
+                called.append((engine, call))
+    nothing, bare, *times = _medians(called, rounds)
+    return [
+        Cost(*name, count, seconds - nothing - count * (bare - nothing))
+        for name, count, seconds in zip(names, counts, times, strict=True)
+    ]
 
 
 def profile(xp: Any, engine: str, case: Case, lines: int = 12) -> str:
@@ -326,7 +336,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("\n".join(profile(xp, engine, CASES[0]) for engine in engines))
             return 0
         print("Microseconds in Python beside the launches, whose number is in brackets.\n")
-        print(table(list(measure(xp, engines, rounds=args.rounds))))
+        print(table(measure(xp, engines, rounds=args.rounds)))
     return 0
 
 

@@ -17,6 +17,7 @@ import os
 import re
 import threading
 from dataclasses import dataclass
+from functools import lru_cache
 from types import ModuleType, TracebackType
 from typing import Any
 
@@ -251,8 +252,14 @@ def device_of(array: Array) -> Device | None:
         return CPU
     cupy = runtime.loaded()
     if cupy is not None and isinstance(array, cupy.ndarray):
-        return Device("cuda", int(array.device.id))
+        return _cuda_device(int(array.device.id))
     return None
+
+
+@lru_cache(maxsize=64)
+def _cuda_device(index: int) -> Device:
+    """Return the CUDA device of a number, the same object each time."""
+    return Device("cuda", index)
 
 
 def namespace(array: Array) -> ModuleType | Any:

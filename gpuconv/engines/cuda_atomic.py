@@ -178,21 +178,25 @@ def _backward(problem: ConvProblem, arrays: tuple[Array, ...], device: int) -> C
     """Return what launches the backward pass, given dy, x, w, y, dx, dw and db, some of them NULL."""
     xp = runtime.cupy()
 
-    def stored(dy: Array, x: Any, w: Any, y: Any, dx: Any, dw: Any, db: Any) -> tuple[Any, ...]:
-        images = [a if a is NULL else stored_image(problem, a) for a in (dy, y, x, dx)]
-        return *images, *[a if a is NULL else stored_weights(problem, a) for a in (w, dw)], db
+    def image(array: Any) -> Any:
+        return array if array is NULL else stored_image(problem, array)
 
-    *images, dx, w, dw, db = stored(*arrays)
-    of_w = w is not NULL and _copies(w)
-    of_x, of_w_and_b = _Sums(dx), (_Sums(dw), _Sums(db))
-    example = sum(copied(a) for a in images if a is not NULL) + of_x.example_bytes
+    def weights(array: Any) -> Any:
+        return array if array is NULL else stored_weights(problem, array)
+
+    dy, x, w, y, dx, dw, db = arrays
+    of_w = w is not NULL and _copies(weights(w))
+    of_x, of_dw, of_db = _Sums(image(dx)), _Sums(weights(dw)), _Sums(db)
+    example = sum(copied(image(a)) for a in (dy, y, x) if a is not NULL) + of_x.example_bytes
     steps = [(at, _launcher(part, "backward", device)) for part, at in parts(problem, example)]
 
-    def run(*arrays: Any) -> None:
-        dy, y, x, dx, w, dw, db = stored(*arrays)
+    def run(dy: Array, x: Any, w: Any, y: Any, dx: Any, dw: Any, db: Any) -> None:
         if of_w:
-            w = xp.ascontiguousarray(w)
-        totals = [sums.begin(to) for sums, to in zip(of_w_and_b, (dw, db), strict=True)]
+            w = xp.ascontiguousarray(weights(w))
+        dx, dw = image(dx), weights(dw)
+        sums = of_dw.begin(dw), of_db.begin(db)
+        if example:
+            dy, y, x = map(image, (dy, y, x))
         for at, launch in steps:
             if example:  # else there is one part, and nothing to copy
                 given = [a if a is NULL else xp.ascontiguousarray(a[at]) for a in (dy, y, x)]
@@ -200,10 +204,10 @@ def _backward(problem: ConvProblem, arrays: tuple[Array, ...], device: int) -> C
             else:
                 given, target = [dy, y, x], dx
             own = of_x.begin(target)
-            launch(*given, w, own, *totals)
+            launch(*given, w, own, *sums)
             of_x.end(target, own)
-        for sums, to, total in zip(of_w_and_b, (dw, db), totals, strict=True):
-            sums.end(to, total)
+        of_dw.end(dw, sums[0])
+        of_db.end(db, sums[1])
 
     return run
 

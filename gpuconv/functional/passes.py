@@ -33,6 +33,7 @@ __all__ = [
     "conjugate_weight_grad",
     "conv",
     "conv_backward",
+    "formed_bytes",
     "last",
     "native",
     "needs_argument",
@@ -243,7 +244,16 @@ def _on_device(
             with ranges.convolution(part, "weight_grad", by_w):
                 by_w.weight_grad(part, dz, at(x, some), dw, None)
 
-    over_parts(plain, example_bytes(dy, y, activation, db, first), dw, db, work)
+    over_parts(plain, formed_bytes(dy, y, activation, db, first), dw, db, work)
+
+
+def formed_bytes(
+    dy: Array, y: Array | None, activation: Activation | None, db: Array | None, first: bool
+) -> int:
+    """Return what the gradient in front of the epilogue takes for an example; 0 where all of it fits."""
+    if 3 * dy.nbytes <= settings.get_workspace_limit() // 2:  # dz, and copies of dy and y
+        return 0
+    return example_bytes(dy, y, activation, db, first)
 
 
 def over_parts(
@@ -409,6 +419,8 @@ def check_arrays(arrays: dict[str, Array | None]) -> Device | None:
                 f"{name} is a {type(array).__name__}; expected a NumPy or CuPy array "
                 "(gpuconv.asarray makes one)"
             )
+        if array.dtype is dtype and here is where:  # the usual case
+            continue
         if _dtype_name(array.dtype) is None:
             raise TypeError(f"{name} has dtype {array.dtype}; expected one of {', '.join(DTYPES)}")
         if where is None:
@@ -475,10 +487,13 @@ def one_blas_thread(problem: ConvProblem, kind: str) -> AbstractContextManager[A
 
 
 def on(where: Device) -> AbstractContextManager[Any]:
-    """Make the arrays' CUDA device the current one; nothing to do on the CPU."""
+    """Make the arrays' CUDA device the current one; nothing to do on the CPU, or where it is."""
     if where.kind == "cpu":
         return _NOTHING
-    return runtime.cupy().cuda.Device(where.index)  # type: ignore[no-any-return]
+    cuda = runtime.cupy().cuda
+    if cuda.runtime.getDevice() == where.index:
+        return _NOTHING
+    return cuda.Device(where.index)  # type: ignore[no-any-return]
 
 
 _NOTHING: AbstractContextManager[Any] = nullcontext()

@@ -14,7 +14,6 @@ from typing import Any
 
 from gpuconv import dispatch
 from gpuconv.activations import Activation
-from gpuconv.cuda.epilogue import example_bytes
 from gpuconv.cuda.epilogue import output_grad as device_output_grad
 from gpuconv.device import namespace
 from gpuconv.engines.base import Engine
@@ -27,6 +26,7 @@ from gpuconv.functional.passes import (
     check_gradient,
     check_out,
     conjugate_weight_grad,
+    formed_bytes,
     last,
     native,
     needs_argument,
@@ -212,7 +212,7 @@ def _run_backward(
             example = 0 if activation is None else math.prod(problem.x_shape[1:])
             example *= wide_dtype(problem.dtype).itemsize
         else:
-            example = example_bytes(dy, y, activation, db, first)
+            example = formed_bytes(dy, y, activation, db, first)
 
         def work(part: ConvProblem, some: slice | None, dw: Array | None, db: Array | None) -> None:
             dz = _activation_grad(kind, at(dy, some), at(y, some), activation, db, first)
