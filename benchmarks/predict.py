@@ -80,7 +80,12 @@ class Absent:
         device = _Device(index, attributes, str(gpu.capability))
         self.cuda = SimpleNamespace(
             Device=lambda which=index: device,
-            runtime=SimpleNamespace(getDevice=lambda: index, getDeviceCount=lambda: 1),
+            runtime=SimpleNamespace(
+                getDevice=lambda: index,
+                getDeviceCount=lambda: 1,
+                getDeviceProperties=lambda device: {"name": str(gpu)},
+            ),
+            cublas=SimpleNamespace(),
         )
         self.zeros: Any = np.zeros
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 
 from gpuconv import settings, tuning
+from gpuconv.cuda import architecture
 from gpuconv.device import probe
 from gpuconv.engines.base import PASSES, Engine, Pass
 from gpuconv.problem import ConvProblem
@@ -249,12 +250,19 @@ def choose(problem: ConvProblem, pass_: Pass, device_kind: str) -> Engine:
     EngineError
         If the forced engine cannot, or none can.
     """
-    return _choose(problem, pass_, device_kind, _forced.get(), settings.generation)
+    # GPUs of one machine may differ, and so may what is best on them.
+    gpu = architecture.gpu() if device_kind == "cuda" and probe().count else None
+    return _choose(problem, pass_, device_kind, gpu, _forced.get(), settings.generation)
 
 
 @lru_cache(maxsize=4096)
 def _choose(
-    problem: ConvProblem, pass_: Pass, device_kind: str, forced: str | None, generation: int
+    problem: ConvProblem,
+    pass_: Pass,
+    device_kind: str,
+    gpu: architecture.GPU | None,
+    forced: str | None,
+    generation: int,
 ) -> Engine:
     if forced is not None:
         reason = _why_not(forced, problem, pass_, device_kind)

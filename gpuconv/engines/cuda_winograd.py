@@ -113,6 +113,10 @@ class CudaWinograd(CudaEngine):
     ndims = (2,)
     error_factor = 10.0
 
+    def unavailable(self) -> str | None:
+        """Return why cuBLAS cannot be called, or None."""
+        return cublas.unavailable()
+
     def unsupported(self, problem: ConvProblem, pass_: Pass) -> str | None:
         """Return why it cannot compute this pass of ``problem``, or None."""
         reason = super().unsupported(problem, pass_)
