@@ -118,9 +118,9 @@ class CudaAtomic(CudaEngine):
         """Return what launches the forward pass, or the gradient of the input alone."""
         if pass_ == "forward":
             return _forward(problem, arrays, device)
-        dz, w, dx = arrays
+        dz, w, _, dx = arrays
         run = _backward(problem, (dz, NULL, w, NULL, dx, NULL, NULL), device)
-        return lambda dz, w, dx: run(dz, NULL, w, NULL, dx, NULL, NULL)
+        return lambda dz, w, _, dx: run(dz, NULL, w, NULL, dx, NULL, NULL)
 
     def weight_grad(
         self, problem: ConvProblem, dz: Array, x: Array, dw: Array | None, db: Array | None

@@ -205,25 +205,15 @@ class CudaDepthwise(CudaEngine):
         """Return what launches a pass; what is not dense is copied, within the workspace."""
         if pass_ == "weight_grad":
             return _to_weights(problem, arrays, device)
-        if pass_ == "forward":
-            x, w, b, y = arrays
-            return _to_image(problem, pass_, x, w, b, y, device)
-        dz, w, dx = arrays
-        run = _to_image(problem, pass_, dz, w, NULL, dx, device)
-        return lambda dz, w, dx: run(dz, w, NULL, dx)
+        return _to_image(problem, pass_, arrays, device)
 
 
 def _to_image(
-    problem: ConvProblem,
-    pass_: Pass,
-    source: Array,
-    w: Array,
-    bias: Any,
-    target: Array,
-    device: int,
+    problem: ConvProblem, pass_: Pass, arrays: tuple[Array, ...], device: int
 ) -> Callable[[Array, Array, Any, Array], None]:
     """Return what makes images from images, given source, weights, bias and target."""
     xp = runtime.cupy()
+    source, w, bias, target = arrays
     forward = pass_ == "forward"
     weights = stored_weights(problem, w)
     turn = not weights.flags.c_contiguous

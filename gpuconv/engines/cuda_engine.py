@@ -33,7 +33,7 @@ class CudaEngine(Engine):
         problem : ConvProblem
         pass_ : str
         arrays : tuple
-            The function's: ``x, w, b, y``, where ``b`` is dense or NULL; ``dz, w, dx``;
+            The function's: ``x, w, b, y``, where ``b`` is dense or NULL; ``dz, w, NULL, dx``;
             ``dz, x, dw``. It keeps none of them.
         device : int
             The current one, on which the function will be called.
@@ -50,7 +50,7 @@ class CudaEngine(Engine):
 
     def input_grad(self, problem: ConvProblem, dz: Array, w: Array, dx: Array) -> None:
         """Write the gradient with respect to ``x`` into ``dx``."""
-        arrays = (dz, w, dx)
+        arrays = (dz, w, NULL, dx)
         prepared(self.prepare, (problem, "input_grad"), arrays)(*arrays)
 
     def weight_grad(

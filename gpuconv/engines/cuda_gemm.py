@@ -35,9 +35,9 @@ from gpuconv.engines.cuda_matrices import (
     dense_image,
     dense_weights,
     multiply,
-    multiply_back,
     part_of,
     result_shape,
+    turned,
     weight_matrices,
 )
 from gpuconv.problem import CHANNELS_FIRST, ConvProblem
@@ -340,13 +340,14 @@ class CudaGemm(CudaEngine):
     def _input_grad(
         self, problem: ConvProblem, arrays: tuple[Array, ...], device: int
     ) -> Callable[..., None]:
-        """Return what writes the gradient of the input, given dz, w and dx."""
+        """Return what writes the gradient of the input, given dz, w, NULL and dx."""
         xp, dtype = runtime.cupy(), problem.dtype
-        dz, w, dx = arrays
+        dz, w, _, dx = arrays
         windows = _Windows(problem, dx, device)
         direct = problem.pointwise and stored_image(problem, dx).flags.c_contiguous
         position = 0 if direct else problem.taps * problem.in_channels * problem.itemsize
         of_weights, weights = dense_weights(problem, w)
+        weights = turned(weights)
         of_dz = copied(stored_image(problem, dz))
         steps, divided = [], False
         for n0, n, start, count in self._chunks(problem, position, of_dz):
@@ -360,13 +361,13 @@ class CudaGemm(CudaEngine):
                 divided = divided or count < windows.positions
                 scatter = windows.prepare("col2im", image, n, start, count, False, *flags)
                 columns = into = xp.empty(shape, dtype)
-            product = multiply_back(problem, part, weights, (into, columns))
+            product = multiply(problem, part, weights, (into, columns))
             steps.append((None if n == problem.batch else at, shape, scatter, product))
             del columns, given, into, part
         wide = "float32" if problem.itemsize == 2 else problem.dtype
         example = math.prod(problem.x_shape[1:])
 
-        def run(dz: Array, w: Array, dx: Array) -> None:
+        def run(dz: Array, w: Array, _: Any, dx: Array) -> None:
             weights = of_weights(w)
             sums = xp.empty(example, wide) if divided else NULL
             for at, shape, scatter, product in steps:

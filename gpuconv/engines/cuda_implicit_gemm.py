@@ -109,14 +109,9 @@ class CudaImplicitGemm(CudaEngine):
         self, problem: ConvProblem, pass_: Pass, arrays: tuple[Array, ...], device: int
     ) -> Callable[..., None]:
         """Return what launches a pass: the product and, of a divided sum, what adds the parts."""
-        if pass_ == "forward":
-            x, w, _, y = arrays
-            run = self._product(problem, pass_, x, w, y, device)
-            return lambda x, w, b, y: run(x, w, b, y)
-        if pass_ == "input_grad":
-            dz, w, dx = arrays
-            run = self._product(problem, pass_, dz, w, dx, device)
-            return lambda dz, w, dx: run(dz, w, NULL, dx)
+        if pass_ != "weight_grad":
+            source, w, _, target = arrays
+            return self._product(problem, pass_, source, w, target, device)
         dz, x, dw = arrays
         run = self._product(problem, pass_, x, dz, dw, device)
         return lambda dz, x, dw: run(x, dz, NULL, dw)

@@ -20,9 +20,9 @@ __all__ = [
     "dense_image",
     "dense_weights",
     "multiply",
-    "multiply_back",
     "part_of",
     "result_shape",
+    "turned",
     "weight_matrices",
 ]
 
@@ -97,8 +97,16 @@ def _rows(part: Array) -> Array:
     return part.reshape(n * count, groups, k).transpose(1, 0, 2)
 
 
+def turned(matrices: View) -> View:
+    """Return the transposed matrices."""
+    return matrices[0].transpose(0, 2, 1), matrices[1]
+
+
 def multiply(problem: ConvProblem, columns: View, weights: View, z: View) -> Multiply:
-    """Return what writes windows times weights into ``z``, given the arrays of these."""
+    """Return what writes windows times weights into ``z``, given the arrays of these.
+
+    So too, with the weights turned, ``dz`` times weights into windows.
+    """
     if problem.layout != CHANNELS_FIRST:
         return _product(_viewed(_rows, columns), weights, _viewed(_rows, z))
     if columns[0].shape[0] >= problem.groups:
@@ -115,29 +123,10 @@ def multiply(problem: ConvProblem, columns: View, weights: View, z: View) -> Mul
     return lambda columns, weights, z: run(weights, columns, z)
 
 
-def multiply_back(problem: ConvProblem, dz: View, weights: View, columns: View) -> Multiply:
-    """Return what writes ``dz`` times the transposed weights into ``columns``."""
-    turned = weights[0].transpose(0, 2, 1), weights[1]
-    if problem.layout != CHANNELS_FIRST:
-        return _product(_viewed(_rows, dz), turned, _viewed(_rows, columns))
-    if dz[0].shape[0] >= problem.groups:
-        parts = [
-            _product(_repeated(turned, g, dz), _group(dz, g), _group(columns, g))
-            for g in range(problem.groups)
-        ]
-    else:
-        parts = [
-            _product(turned, _example(dz, n), _example(columns, n)) for n in range(dz[0].shape[0])
-        ]
-    run = _together(parts)
-    return lambda dz, weights, columns: run(weights, dz, columns)
-
-
 def accumulate(problem: ConvProblem, columns: View, dz: View, dw: View, later: bool) -> Multiply:
     """Return what writes windows transposed times ``dz`` into the matrices ``dw``, or adds it."""
     if problem.layout != CHANNELS_FIRST:
-        turned = _rows(columns[0]).transpose(0, 2, 1), columns[1]
-        return _product(turned, _viewed(_rows, dz), dw, later)
+        return _product(turned(_viewed(_rows, columns)), _viewed(_rows, dz), dw, later)
     parts = [
         _product(
             _example(dz, n),

@@ -352,19 +352,15 @@ class CudaTensorCore(CudaEngine):
         """Return what launches a pass, a part of the batch at a time where anything is copied."""
         if pass_ == "weight_grad":
             return _to_weights(problem, arrays, device)
-        if pass_ == "forward":
-            image, weights, _, result = arrays
-            return _to_pixels(problem, pass_, image, weights, result, device)
-        image, weights, result = arrays
-        run = _to_pixels(problem, pass_, image, weights, result, device)
-        return lambda dz, w, dx: run(dz, w, NULL, dx)
+        return _to_pixels(problem, pass_, arrays, device)
 
 
 def _to_pixels(
-    problem: ConvProblem, pass_: Pass, image: Array, weights: Array, result: Array, device: int
+    problem: ConvProblem, pass_: Pass, arrays: tuple[Array, ...], device: int
 ) -> Callable[[Array, Array, Any, Array], None]:
     """Return what computes a pass whose results are pixels, given image, weights, bias, result."""
     xp, groups = runtime.cupy(), problem.groups
+    image, weights, _, result = arrays
     channels = _channels(problem, pass_)
     filled = channels[0 if pass_ == "forward" else 1]
     count = image.shape[-1] // groups

@@ -152,17 +152,16 @@ class CudaWinograd(CudaEngine):
         (top, _), (left, _) = problem.padding
         if pass_ == "weight_grad":
             return _weight_grad(problem, plan, arrays, device)
+        source, w, _, target = arrays
+        activation = problem.activation if pass_ == "forward" else None
+        launcher = _Launcher(problem, plan, (source, w, target), device, activation)
         if pass_ == "forward":
-            x, w, _, y = arrays
             steps = _weight_steps(problem, w)
-            launcher = _Launcher(problem, plan, (x, w, y), device, problem.activation)
-            return _correlate(plan, launcher, x, steps, (top, left), y)
-        dz, w, dx = arrays
+            return _correlate(plan, launcher, source, steps, (top, left), target)
         row, column, inputs, outputs, group = _weight_steps(problem, w[::-1, ::-1])
-        before = TAPS - 1 - top, TAPS - 1 - left
-        launcher = _Launcher(problem, plan, arrays, device, None)
-        run = _correlate(plan, launcher, dz, (row, column, outputs, inputs, group), before, dx)
-        return lambda dz, w, dx: run(dz, w[::-1, ::-1], NULL, dx)
+        steps, before = (row, column, outputs, inputs, group), (TAPS - 1 - top, TAPS - 1 - left)
+        run = _correlate(plan, launcher, source, steps, before, target)
+        return lambda dz, w, b, dx: run(dz, w[::-1, ::-1], b, dx)
 
 
 # ------------------------------------------------------------------------------------- the passes
