@@ -232,6 +232,40 @@ def count_in_64_bits(monkeypatch: pytest.MonkeyPatch) -> list[kernels.Variant]:
     return used
 
 
+def untouched_zeros(shape: tuple[int, ...], dtype: str) -> Any:
+    """Return an array of the stand-in whose zeros take no memory until they are written."""
+    from tests.cuda_on_cpu.arrays import Memory, ndarray
+
+    count, guard = int(np.prod(shape)), Memory.GUARD
+    try:
+        room = np.zeros(count * np.dtype(dtype).itemsize + 2 * guard, "u1")
+    except MemoryError:
+        pytest.skip("the system does not promise memory that is not used")
+    room[:guard] = room[-guard:] = 0xFF
+    memory = Memory(0)
+    memory.size, memory.bytes = room.size - 2 * guard, room[guard:-guard]
+    memory.start = memory.bytes.ctypes.data
+    return ndarray._view(memory.bytes.view(dtype).reshape(shape), memory, 0)
+
+
+def far_corners(cp: Any, needs: tuple[str, ...]) -> None:
+    """Convolve an image of more than 2**31 elements of which only the far corners are not zero."""
+    wide = 2**30
+    x = untouched_zeros((1, 3, wide, 1), "float16")
+    x._a[0, :, 0, 0] = 1, 2, 3
+    x._a[0, :, -1, 0] = 4, 5, 6
+    w = cp.asarray(np.array([10, 1], "float16").reshape(1, 1, 1, 2))
+    y = host(gpuconv.conv2d(x, w, stride=(1, wide - 1)))
+    want = np.array([[1, 4], [2, 5], [3, 6]])
+    np.testing.assert_array_equal(y[0, :, :, 1], want)
+    np.testing.assert_array_equal(y[0, :, :, 0], 10 * want)
+    if needs:
+        dy = cp.ones((1, 3, 2, 2), "float16")
+        _, dw, db = gpuconv.conv2d_backward(dy, x, w, stride=(1, wide - 1), needs=needs)
+        assert host(dw).ravel().tolist() == [want.sum()] * 2
+        assert db is None or host(db).tolist() == [6, 6]
+
+
 def host(a: Any) -> Any:
     return None if a is None else gpuconv.asnumpy(a)
 

@@ -17,7 +17,6 @@ from gpuconv.cuda import kernels
 from gpuconv.engines import cuda_atomic
 from gpuconv.profiling import named_ranges
 from tests.cuda_on_cpu import KernelError, compiler_available, sanitizer
-from tests.cuda_on_cpu.arrays import Memory, ndarray
 from tests.support import (
     CASES,
     DTYPES,
@@ -27,6 +26,7 @@ from tests.support import (
     compute,
     convolutions,
     count_in_64_bits,
+    far_corners,
     home,
     host,
     oracle,
@@ -84,36 +84,9 @@ def test_offsets_of_64_bits_give_the_same(
         close(a, b.astype("float64"), tolerance("cuda_atomic", dtype, 10))
 
 
-def untouched_zeros(shape: tuple[int, ...], dtype: str) -> ndarray:
-    """Return an array of the stand-in whose zeros take no memory until they are written."""
-    count, guard = int(np.prod(shape)), Memory.GUARD
-    try:
-        room = np.zeros(count * np.dtype(dtype).itemsize + 2 * guard, "u1")
-    except MemoryError:
-        pytest.skip("the system does not promise memory that is not used")
-    room[:guard] = room[-guard:] = 0xFF
-    memory = Memory(0)
-    memory.size, memory.bytes = room.size - 2 * guard, room[guard:-guard]
-    memory.start = memory.bytes.ctypes.data
-    return ndarray._view(memory.bytes.view(dtype).reshape(shape), memory, 0)
-
-
 def test_a_tensor_of_more_than_2_to_the_31_elements(cp: Any) -> None:
     """Its far corners are read where they are; a 32-bit offset would wrap around."""
-    wide = 2**30
-    x = untouched_zeros((1, 3, wide, 1), "float16")
-    x._a[0, :, 0, 0] = 1, 2, 3
-    x._a[0, :, -1, 0] = 4, 5, 6
-    w = cp.asarray(np.array([10, 1], "float16").reshape(1, 1, 1, 2))
-    options: dict[str, Any] = {"stride": (1, wide - 1)}
-    y = host(gpuconv.conv2d(x, w, **options))
-    want = np.array([[1, 4], [2, 5], [3, 6]])
-    np.testing.assert_array_equal(y[0, :, :, 1], want)
-    np.testing.assert_array_equal(y[0, :, :, 0], 10 * want)
-    dy = cp.ones((1, 3, 2, 2), "float16")
-    _, dw, db = gpuconv.conv2d_backward(dy, x, w, needs=("w", "b"), **options)
-    assert host(dw).ravel().tolist() == [want.sum()] * 2
-    assert host(db).tolist() == [6, 6]
+    far_corners(cp, ("w", "b"))
 
 
 def test_kernels_run_once_a_pass_and_only_for_what_is_needed(cp: Any) -> None:

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 
@@ -27,13 +26,13 @@ from tests.support import (
     compute,
     convolutions,
     count_in_64_bits,
+    far_corners,
     home,
     host,
     oracle,
     real_gpu,
     tolerance,
 )
-from tests.test_cuda_atomic import untouched_zeros
 
 NAME = "cuda_implicit_gemm"
 CASE = {c.name: c for c in CASES}
@@ -188,19 +187,7 @@ def test_offsets_of_64_bits_give_the_same(
 
 def test_a_tensor_of_more_than_2_to_the_31_elements(cp: Any) -> None:
     """Its far corners are read where they are; a 32-bit offset would wrap around."""
-    wide = 2**30
-    x = untouched_zeros((1, 3, wide, 1), "float16")
-    x._a[0, :, 0, 0] = 1, 2, 3
-    x._a[0, :, -1, 0] = 4, 5, 6
-    w = cp.asarray(np.array([10, 1], "float16").reshape(1, 1, 1, 2))
-    options: dict[str, Any] = {"stride": (1, wide - 1)}
-    y = host(gpuconv.conv2d(x, w, **options))
-    want = np.array([[1, 4], [2, 5], [3, 6]])
-    np.testing.assert_array_equal(y[0, :, :, 1], want)
-    np.testing.assert_array_equal(y[0, :, :, 0], 10 * want)
-    dy = cp.ones((1, 3, 2, 2), "float16")
-    _, dw, _ = gpuconv.conv2d_backward(dy, x, w, needs=("w",), **options)
-    assert host(dw).ravel().tolist() == [want.sum()] * 2
+    far_corners(cp, ("w",))
 
 
 @settings(max_examples=15, deadline=None, derandomize=True, database=None)
