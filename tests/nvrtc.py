@@ -19,7 +19,7 @@ from gpuconv.cuda.architecture import architecture, resident_blocks
 from gpuconv.cuda.kernels import Variant
 
 __all__ = [
-    "ARCHITECTURES", "Nvrtc", "Usage", "find", "plan", "remarks", "rows", "summary", "usages", "whole",
+    "ARCHITECTURES", "Nvrtc", "Usage", "find", "fitting", "plan", "remarks", "rows", "summary", "usages", "whole",
 ]  # fmt: skip
 
 ARCHITECTURES = [70, 75, 80, 86, 89, 90, 100, 120]
@@ -158,6 +158,13 @@ def remarks(log: str) -> list[str]:
 # ------------------------------------------------------------------------- what is compiled
 
 
+def fitting(variant: Variant) -> list[int]:
+    """Return the architectures that have what a variant needs."""
+    if variant.alone:
+        return [a for a in ARCHITECTURES if a == variant.capability]
+    return [a for a in ARCHITECTURES if a >= variant.capability]
+
+
 def plan(variants: Sequence[Variant], every: bool = False) -> list[tuple[Variant, int]]:
     """Return which variants are compiled for which architectures.
 
@@ -168,7 +175,7 @@ def plan(variants: Sequence[Variant], every: bool = False) -> list[tuple[Variant
     made = []
     seen: set[tuple[tuple[str, ...], int]] = set()
     for turn, variant in enumerate(variants):
-        fit = [a for a in ARCHITECTURES if a >= variant.capability]
+        fit = fitting(variant)
         if not fit:
             raise ValueError(f"no architecture has what {variant} needs")
         if not every:

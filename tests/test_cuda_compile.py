@@ -14,7 +14,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from gpuconv.cuda import kernels
+from gpuconv.cuda import kernels, wgmma_tiles
 from gpuconv.cuda.kernels import Variant
 from gpuconv.cuda.tensor_tiles import TILES
 from tests.nvrtc import (
@@ -23,6 +23,7 @@ from tests.nvrtc import (
     Row,
     Usage,
     find,
+    fitting,
     plan,
     remarks,
     rows,
@@ -72,7 +73,11 @@ def test_every_variant_compiles(
             variant.source, variant.file, variant.options, architecture
         )
         assert status == 0, f"{variant.options}\n{log}"
+        assert f"for 'sm_{architecture}{'a' if variant.alone else ''}'" in log
         assert remarks(log) == [], variant.options
+        if variant.alone:
+            assert "(C75" not in log, "products of a warpgroup wait for each other"
+            assert " 0 bytes stack frame" in log, "tensor maps are copied to the stack"
         for name in variant.functions:
             assert name.encode() in binary
         found = list(usages(log, binary))
@@ -92,15 +97,23 @@ def test_every_variant_has_two_architectures_and_every_kernel_has_all() -> None:
     planned = plan(VARIANTS)
     for variant in VARIANTS:
         mine = [a for v, a in planned if v == variant]
-        fit = [a for a in ARCHITECTURES if a >= variant.capability]
+        fit = fitting(variant)
         assert len(mine) == len(set(mine)) >= min(2, len(fit))
         for name in variant.functions:
             holders = [v for v in VARIANTS if name in v.functions]
             reached = {a for v, a in planned if name in v.functions}
-            assert reached >= {a for a in ARCHITECTURES if a >= min(v.capability for v in holders)}
-    assert len(plan(VARIANTS, every=True)) == sum(
-        a >= v.capability for v in VARIANTS for a in ARCHITECTURES
-    )
+            assert reached == {a for v in holders for a in fitting(v)}
+    assert len(plan(VARIANTS, every=True)) == sum(len(fitting(v)) for v in VARIANTS)
+
+
+def test_products_of_a_warpgroup_that_wait_for_each_other_are_seen(nvrtc: Nvrtc) -> None:
+    """Where it cannot leave the sums where they are, ptxas puts a wait behind each product."""
+    variant = next(v for v in VARIANTS if v.file == "conv_wgmma.cu")
+    touched = "    sums[0][3] += 1;\n    wgmma_wait<1>();"
+    source = variant.source.replace("    wgmma_wait<1>();", touched)
+    status, log, _ = nvrtc.compile(source, variant.file, variant.options, 90)
+    assert status == 0
+    assert "(C75" in log
 
 
 def test_a_variant_that_no_architecture_can_run() -> None:
@@ -118,7 +131,13 @@ def test_the_variants_hold_every_kernel_dtype_layout_index_and_activation() -> N
     types = {n.split("_tensor_")[1].split("_")[0] for n in on_tensor_cores}
     assert types == {"f16", "bf16", "tf32"}
     assert {n.rsplit("_", 1)[1] for n in on_tensor_cores} == set(map(str, TILES))
-    assert names - on_tensor_cores == {
+    by_wgmma = {n for n in names if "_wgmma_" in n}
+    kinds_of = {tuple(n.removeprefix("conv_").split("_wgmma_")) for n in by_wgmma}
+    assert {(p, rest.split("_")[0]) for p, rest in kinds_of} == {
+        (p, t) for p in passes for t in types
+    } - {("weight_grad", "tf32")}
+    assert {rest.split("_")[1] for _, rest in kinds_of} == set(map(str, wgmma_tiles.TILES))
+    assert names - on_tensor_cores - by_wgmma == {
         f"conv{nd}_{p}_atomic_{t}" for p in ("forward", "backward") for nd, t in kinds_of_kernels
     } | {
         f"batch_norm_{part}_{t}"

@@ -107,6 +107,8 @@ class Variant:
         Dynamic shared memory that a block is launched with, for its occupancy.
     capability : int
         The least compute capability (times ten) that it compiles for.
+    alone : bool
+        Whether it compiles for that one alone, with what no later one has (``sm_90a``).
     """
 
     file: str
@@ -115,6 +117,7 @@ class Variant:
     functions: tuple[str, ...]
     shared_bytes: int = 0
     capability: int = 70
+    alone: bool = False
 
     @property
     def source(self) -> str:
@@ -125,6 +128,8 @@ class Variant:
     def options(self) -> tuple[str, ...]:
         """What the compiler is told."""
         constants = [f"-D{name}={value}" for name, value in self.defines]
+        if self.alone:  # before CuPy's own: NVRTC takes the first
+            constants.append(f"-arch=sm_{self.capability}a")
         return ("-std=c++17", f"-DDTYPE_{_DTYPES[self.dtype]}=1", *constants)
 
 

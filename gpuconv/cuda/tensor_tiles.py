@@ -16,7 +16,7 @@ from functools import lru_cache
 from gpuconv.cuda import prediction
 from gpuconv.cuda.architecture import GPU, Architecture, resident_blocks
 
-__all__ = ["TILES", "Choice", "Product", "Tile", "choose"]
+__all__ = ["TILES", "Choice", "Product", "Tile", "choose", "divisions"]
 
 #: Bytes of a row of a piece, along the depth.
 DEPTH_BYTES = 64
@@ -196,7 +196,7 @@ def _seconds(gpu: GPU, product: Product, tile: Tile, splits: int) -> float:
     return seconds
 
 
-def _splits(product: Product, room: int) -> Iterator[int]:
+def divisions(product: Product, room: int) -> Iterator[int]:
     """Yield the numbers of splits worth a thought, whose sums fit ``room`` bytes."""
     yield 1
     most = min(product.depth * product.itemsize // (4 * DEPTH_BYTES), 512)
@@ -234,6 +234,6 @@ def choose(gpu: GPU, product: Product, room: int) -> Choice:
     found = (
         Choice(tile, splits, _seconds(gpu, product, tile, splits))
         for tile in usable(gpu, product)
-        for splits in _splits(product, room)
+        for splits in divisions(product, room)
     )
     return min(found, key=lambda c: c.seconds)

@@ -3,7 +3,8 @@
 float16 and bfloat16 with float32 sums, and float32 as TF32 where ``set_precision("tf32")`` allows
 it. Arrays are taken as they are where they are dense, channels last and each group's channels an
 even number of 16-bit values; others are copied so first, in parts of the batch that fit the
-workspace, channels filled up with zeros.
+workspace, channels filled up with zeros. On compute capability 9.0 :mod:`gpuconv.engines.tensor_wgmma`
+does what it can and should do faster.
 """
 
 from __future__ import annotations
@@ -18,11 +19,19 @@ import numpy as np
 
 from gpuconv import settings
 from gpuconv.activations import Activation, get_activation
-from gpuconv.cuda import architecture, kernels, prediction, runtime, split_sum, tensor_tiles
+from gpuconv.cuda import (
+    architecture,
+    kernels,
+    prediction,
+    runtime,
+    split_sum,
+    tensor_tiles,
+    wgmma_tiles,
+)
 from gpuconv.cuda.architecture import GPU
 from gpuconv.cuda.tensor_tiles import Choice, Product, Tile
 from gpuconv.device import probe
-from gpuconv.engines import cuda_arrays
+from gpuconv.engines import cuda_arrays, tensor_wgmma
 from gpuconv.engines.base import Engine, Pass
 from gpuconv.engines.cuda_arrays import NULL, three
 from gpuconv.engines.cuda_engine import CudaEngine
@@ -98,6 +107,7 @@ def sample_variants() -> Iterator[kernels.Variant]:
         product = Product(pass_, size, copy, 1, 1, 1, 1, 1, 1, axes == 3 or wide)
         activation = relu if pass_ == "forward" else None
         yield _variant(tile, product, dtype, axes, capability, wide, activation)
+    yield from tensor_wgmma.sample_variants()
 
 
 # ---------------------------------------------------------------------------------------- plans
@@ -317,12 +327,17 @@ class CudaTensorCore(CudaEngine):
         choice = self._choice(problem, pass_)
         product = _product(problem, pass_, cuda_arrays.WIDE_FROM)
         sums = 4 * choice.splits * product.results if choice.splits > 1 else 0
+        if isinstance(choice, wgmma_tiles.Choice):
+            sums += tensor_wgmma.workspace(problem, pass_)
         return fixed + sums + example * _examples_at_once(problem, example, fixed)
 
     @staticmethod
-    def _choice(problem: ConvProblem, pass_: Pass) -> Choice:
+    def _choice(problem: ConvProblem, pass_: Pass) -> Choice | wgmma_tiles.Choice:
+        gpu, room = architecture.gpu(), _room()
         product = _product(problem, pass_, cuda_arrays.WIDE_FROM)
-        return tensor_tiles.choose(architecture.gpu(), product, _room())
+        choice = tensor_tiles.choose(gpu, product, room)
+        other = tensor_wgmma.chosen(problem, pass_, gpu, room)
+        return choice if other is None or other.seconds >= choice.seconds else other
 
     @staticmethod
     def _fixed(problem: ConvProblem, pass_: Pass) -> int:
@@ -458,7 +473,13 @@ def _launcher(problem: ConvProblem, pass_: Pass, device: int, summed: bool) -> C
     that the product is added to.
     """
     xp = runtime.cupy()
-    plan = _plan(problem, pass_, architecture.gpu(device), _room(), cuda_arrays.WIDE_FROM)
+    gpu, room, wide_from = architecture.gpu(device), _room(), cuda_arrays.WIDE_FROM
+    seconds = tensor_tiles.choose(gpu, _product(problem, pass_, wide_from), room).seconds
+    wide = _is_wide(problem, wide_from)
+    made = tensor_wgmma.launcher(problem, pass_, device, room, wide, seconds, summed)
+    if made is not None:
+        return made
+    plan = _plan(problem, pass_, gpu, room, wide_from)
     variant = plan.variant
     launch = kernels.prepare(
         variant, variant.functions[0], device, plan.grid, plan.block, plan.sizes,
@@ -470,10 +491,10 @@ def _launcher(problem: ConvProblem, pass_: Pass, device: int, summed: bool) -> C
         problem.dtype, plan.shape, cuda_arrays.dense_strides(plan.shape), plan.splits,
         plan.wide_index, device, plan.activation,
     )  # fmt: skip
-    room = plan.splits * plan.results
+    size = plan.splits * plan.results
 
     def divided(image: Array, weights: Array, bias: Any, result: Any, total: Any = NULL) -> None:
-        partial = xp.empty(room, "float32")
+        partial = xp.empty(size, "float32")
         launch(image, weights, bias, result, partial)
         add(partial, bias, result, total)
 

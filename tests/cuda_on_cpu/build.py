@@ -113,7 +113,7 @@ def _kept(key: str, make: Callable[[Path], None]) -> Path:
 
 @cache
 def _runtime_library(mode: str) -> Path:
-    sources = ["scheduler.cpp", "copies.cpp"]
+    sources = ["scheduler.cpp", "copies.cpp", "hopper.cpp"]
     sources.append("checks.cpp" if mode == "checked" else "unchecked.cpp")
     defines = ["-DCUDA_ON_CPU_ASAN"] if mode == "asan" else []
     flags = [*_COMMON, "-fvisibility=default", *_MODE_FLAGS[mode], *defines, "-shared"]

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from gpuconv.cuda.architecture import architecture
-from tests.cuda_on_cpu import build, elf
-from tests.cuda_on_cpu.arrays import Memory, ndarray
+from tests.cuda_on_cpu import build, driver, elf
+from tests.cuda_on_cpu.arrays import Memory, home, ndarray
 
 __all__ = ["CUDADriverError", "KernelError", "RawKernel", "RawModule", "Settings"]
 
@@ -142,6 +142,15 @@ def _variables(path: Path, checked: bool) -> list[tuple[int, int, bytes, bool]]:
     return [(address + offset, *rest) for address, *rest in found]  # type: ignore[misc]
 
 
+def _aligned(structure: np.ndarray) -> np.ndarray:
+    """Return a copy of a parameter that lies as kernels' parameters do."""
+    size = structure.dtype.itemsize
+    room = np.empty(size + 64, np.uint8)
+    start = -room.ctypes.data % 64
+    room[start : start + size] = structure.reshape(1).view(np.uint8)
+    return room[start : start + size]
+
+
 class RawModule:
     """CUDA source whose ``extern "C"`` kernels run on the CPU.
 
@@ -163,6 +172,14 @@ class RawModule:
         self.code, self.options = code, tuple(options)
         if settings.capability != _USUAL:
             self.options += (f"-D__CUDA_ARCH__={settings.capability}0",)
+        for option in options:  # what one architecture alone has
+            if option.startswith("-arch="):
+                if option != f"-arch=sm_{settings.capability}a":
+                    raise CUDADriverError(
+                        f"CUDA_ERROR_NO_BINARY_FOR_GPU: {option} on a device of compute "
+                        f"capability {settings.capability / 10}"
+                    )
+                self.options += (f"-D__CUDA_ARCH_FEAT_SM{settings.capability}_ALL=1",)
         self._settings = settings
 
     def compile(self) -> None:
@@ -232,6 +249,8 @@ class RawKernel:
             if isinstance(arg, ndarray):
                 memory = arg._memory
                 size = min(arg.dtype.itemsize, memories.get(id(memory), (0, memory, 99))[2])
+                memories.setdefault(id(memory), (i, memory, size))
+            for memory, size in driver.tensors(value.tobytes(), home()):
                 memories.setdefault(id(memory), (i, memory, size))
         regions = self._regions(list(memories.values()))
         checked = settings.mode == "checked"
@@ -312,7 +331,7 @@ class RawKernel:
         if isinstance(arg, np.ndarray) and arg.size == 1:  # a structure, by value
             if kind != "?" or arg.dtype.itemsize != parameter.size:
                 raise TypeError(f"{where} takes {parameter.size} bytes, given {arg.dtype}")
-            return arg
+            return _aligned(arg)
         if isinstance(arg, (bool, int, float)):  # as CuPy passes Python's numbers
             types = {bool: np.bool_, int: np.int64, float: np.float64}
             arg = types[type(arg)](arg)

@@ -18,6 +18,7 @@ import numpy as np
 
 from tests.cuda_on_cpu.arrays import Home, OutOfMemoryError, function, ndarray, unwrap, wrap
 from tests.cuda_on_cpu.cublas import Cublas
+from tests.cuda_on_cpu.driver import Driver
 from tests.cuda_on_cpu.launch import CUDADriverError, RawModule, Settings
 
 __all__ = ["Module"]
@@ -111,6 +112,8 @@ class Module(Namespace):
     ----------
     settings : Settings
         How kernels run, and which were launched.
+    libcuda : Driver
+        What ``gpuconv.cuda.tensor_map`` asks of the driver's library.
     """
 
     __name__ = "cupy"
@@ -121,6 +124,7 @@ class Module(Namespace):
         super().__init__(np)
         self.settings = settings
         self.cuda = Cuda(home, settings)
+        self.libcuda = Driver()
         self.RawModule = partial(RawModule, settings=settings)
         self._home = home
 

@@ -25,6 +25,8 @@ struct Access {
   unsigned block, epoch;  // epoch 0: none
   unsigned short thread, warp_epoch;
   unsigned code;  // offset of the instruction in the kernel's module
+  unsigned tick;  // of the thread's clock
+  bool async;     // a copy of a tensor that landed: not the thread's own store
 };
 
 // The last accesses of a few bytes; two readers, as one may be the next writer itself.
@@ -32,6 +34,7 @@ struct Record {
   Access plain_write, atomic, read, other_read;
   Access copy;  // into them, that has started and not landed
   unsigned copies_from;  // such copies that may yet read them
+  unsigned products;     // of a warpgroup that may yet read them
 };
 
 struct Watched {
@@ -56,6 +59,26 @@ uintptr_t dynamic_start;
 size_t dynamic_most;
 unsigned long long* traffic;
 size_t traffic_count;
+// Of the threads of the block: what each knows of the others' ticks, and the tick of its last fence
+// between its own accesses and asynchronous ones. Empty where the block has no mbarriers.
+std::vector<Clock> clocks;
+std::vector<unsigned> fences;
+
+Clock& clock_of(unsigned thread) {
+  Clock& clock = clocks[thread];
+  if (clock.empty()) clock.assign(clocks.size(), 0), clock[thread] = 1;
+  return clock;
+}
+
+unsigned tick_now() {
+  return clocks.empty() ? 0 : clock_of(thread_now.thread)[thread_now.thread];
+}
+
+void join(Clock& into, const Clock& from) {
+  if (into.size() < from.size()) into.resize(from.size());
+  for (size_t i = 0; i < from.size(); i++)
+    if (from[i] > into[i]) into[i] = from[i];
+}
 
 struct Search {
   uintptr_t address;
@@ -120,8 +143,11 @@ bool ordered(const Access& before, bool shared) {
   if (before.epoch == 0) return true;
   if (before.block != thread_now.block) return shared;  // each block has its own shared memory
   if (before.epoch != thread_now.epoch || before.thread == thread_now.thread) return true;
-  return before.thread / 32 == thread_now.thread / 32 &&
-         before.warp_epoch < thread_now.warp_epochs[thread_now.thread];
+  if (before.thread / 32 == thread_now.thread / 32 &&
+      before.warp_epoch < thread_now.warp_epochs[thread_now.thread])
+    return true;
+  return before.tick && !clocks.empty() &&
+         clock_of(thread_now.thread)[before.thread] >= before.tick;
 }
 
 [[noreturn]] void race(const Watched& w, uintptr_t address, size_t size, const Access& before,
@@ -134,6 +160,8 @@ bool ordered(const Access& before, bool shared) {
                    before.code, code);
 }
 
+bool asynchronous;  // what is recorded is a copy or a product, not a thread's own access
+
 enum Way { READ, WRITE, ATOMIC };
 const char* const WAYS[] = {"reads", "writes", "atomically updates"};
 
@@ -145,7 +173,8 @@ template <class F> void each_record(Watched& w, uintptr_t address, size_t size, 
 
 void record(Watched& w, uintptr_t address, size_t size, Way way, unsigned code) {
   const Access now = {thread_now.block, thread_now.epoch, (unsigned short)thread_now.thread,
-                      thread_now.warp_epochs[thread_now.thread], code};
+                      thread_now.warp_epochs[thread_now.thread], code,
+                      tick_now(), asynchronous};
   (way == READ ? w.read : w.written) += size;
   const unsigned shift = w.region.shift;
   const size_t records = ((address + size - 1 - w.region.start) >> shift) -
@@ -166,6 +195,21 @@ void record(Watched& w, uintptr_t address, size_t size, Way way, unsigned code) 
       cuda_on_cpu_fail("race: %s %s %s, which an asynchronous copy that has not landed reads "
                        "[code %x]",
                        where(now.block, now.thread, who, sizeof who), WAYS[way], place, code);
+    }
+    if (r.products && way != READ) {
+      char place[256], who[128];
+      describe(w, address, size, place, sizeof place);
+      cuda_on_cpu_fail("race: %s %s %s, which a product that has not ended reads [code %x]",
+                       where(now.block, now.thread, who, sizeof who), WAYS[way], place, code);
+    }
+    if (asynchronous && w.shared && r.plain_write.epoch && r.plain_write.block == now.block &&
+        !r.plain_write.async && r.plain_write.tick > fences[r.plain_write.thread]) {
+      char place[256], first[128];
+      describe(w, address, size, place, sizeof place);
+      cuda_on_cpu_fail("race: %s writes %s, which a copy or product uses with no fence of the "
+                       "asynchronous proxy between [code %x] [code %x]",
+                       where(now.block, r.plain_write.thread, first, sizeof first), place,
+                       r.plain_write.code, code);
     }
     if (w.shared && way != WRITE) {
       const bool written = r.plain_write.epoch && r.plain_write.block == now.block;
@@ -281,6 +325,90 @@ void checks_copy_lands(void* to, const void* from, size_t size, void* caller) {
   each_record(*w, (uintptr_t)to, size, [](Record& r) { r.copy = {}; });
   if (source) each_record(*source, (uintptr_t)from, size, [](Record& r) { r.copies_from--; });
   record(*w, (uintptr_t)to, size, WRITE, checks_code(caller));
+}
+
+// ------------------------------------------------------- copies of tensors, products, mbarriers
+
+void checks_release(Clock& clock) {
+  Clock& mine = clock_of(thread_now.thread);
+  join(clock, mine);
+  mine[thread_now.thread]++;
+}
+
+void checks_acquire(const Clock& clock) { join(clock_of(thread_now.thread), clock); }
+
+void checks_join_warp() {
+  if (clocks.empty()) return;
+  const unsigned first = thread_now.thread / 32 * 32;
+  Clock all;
+  for (unsigned i = first; i < first + 32 && i < thread_now.warp_epochs.size(); i++) {
+    join(all, clock_of(i));
+    clock_of(i)[i]++;
+  }
+  for (unsigned i = first; i < first + 32 && i < thread_now.warp_epochs.size(); i++)
+    join(clock_of(i), all);
+}
+
+void checks_proxy_fence() {
+  if (clocks.empty()) return;
+  Clock& mine = clock_of(thread_now.thread);
+  fences[thread_now.thread] = mine[thread_now.thread]++;
+}
+
+void checks_block_begins() { clocks.clear(), fences.clear(); }
+
+void checks_mbarrier(void* barrier, bool init, void* caller) {
+  if (init && clocks.empty()) {
+    clocks.resize(thread_now.warp_epochs.size());
+    fences.resize(clocks.size());
+  }
+  check(barrier, 8, init ? WRITE : ATOMIC, caller);
+}
+
+void checks_async_starts(void* to, const void* from, size_t size, int bytes, void* caller) {
+  asynchronous = true;
+  const unsigned code = checks_code(caller);
+  Watched* w = find((uintptr_t)to, size);
+  if (w == nullptr || !w->shared) out_of_bounds((uintptr_t)to, size, WAYS[WRITE], code);
+  record(*w, (uintptr_t)to, size, WRITE, code);
+  each_record(*w, (uintptr_t)to, size, [](Record& r) { r.copy = r.plain_write; });
+  if (from) {
+    Watched* source = find((uintptr_t)from, (size_t)bytes);
+    if (source == nullptr) out_of_bounds((uintptr_t)from, (size_t)bytes, WAYS[READ], code);
+    record(*source, (uintptr_t)from, (size_t)bytes, READ, code);
+    each_record(*source, (uintptr_t)from, (size_t)bytes, [](Record& r) { r.copies_from++; });
+  }
+  asynchronous = false;
+}
+
+void checks_async_lands(void* to, const void* from, size_t size, int bytes, void* caller) {
+  asynchronous = true;
+  Watched* w = find((uintptr_t)to, size);
+  each_record(*w, (uintptr_t)to, size, [](Record& r) {
+    r.copy = {};
+    r.plain_write = r.read = r.other_read = {};  // all of them were ordered before its start
+  });
+  if (from)
+    each_record(*find((uintptr_t)from, (size_t)bytes), (uintptr_t)from, (size_t)bytes,
+                [](Record& r) { r.copies_from--; });
+  record(*w, (uintptr_t)to, size, WRITE, checks_code(caller));
+  asynchronous = false;
+}
+
+void checks_product_starts(void* from, size_t size, void* caller) {
+  asynchronous = true;
+  Watched* w = find((uintptr_t)from, size);
+  record(*w, (uintptr_t)from, size, READ, checks_code(caller));
+  each_record(*w, (uintptr_t)from, size, [](Record& r) { r.products++; });
+  asynchronous = false;
+}
+
+void checks_product_ends(void* from, size_t size, void* caller) {
+  asynchronous = true;
+  Watched* w = find((uintptr_t)from, size);
+  each_record(*w, (uintptr_t)from, size, [](Record& r) { r.products--; });
+  record(*w, (uintptr_t)from, size, READ, checks_code(caller));
+  asynchronous = false;
 }
 
 // ---------------------------------------------------------- what the compiled kernels call

@@ -51,6 +51,7 @@ extern "C" int printf(const char*, ...);
 #include "together.h"
 #include "atomics.h"
 #include "tensor.h"
+#include "hopper.h"
 
 // ----------------------------------------------------------------------------- loads and stores
 

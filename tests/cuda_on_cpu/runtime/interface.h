@@ -43,6 +43,15 @@ struct Launch {
   unsigned long long* traffic;
 };
 
+// A lane's part of a wgmma: its sums, and the descriptors of both operands.
+struct cuda_on_cpu_product {
+  int kind, count;
+  bool a_across, b_across;
+  float* d;
+  unsigned long long a, b;
+  void* caller;
+};
+
 extern "C" {
 // Not const, though kernels must not change them: they change from thread to thread.
 extern uint3 threadIdx, blockIdx;
@@ -72,6 +81,19 @@ void cuda_on_cpu_copy_async(void* to, const void* from, int size, int valid, voi
 void cuda_on_cpu_copy_commit();
 void cuda_on_cpu_copy_wait(int most);
 
+// Barriers in shared memory, copies of tensors and products of a warpgroup (hopper.cpp).
+unsigned cuda_on_cpu_shared_address(const void* p);
+void cuda_on_cpu_proxy_fence();
+void cuda_on_cpu_mbarrier_init(void* barrier, int arrivals, void* caller);
+void cuda_on_cpu_mbarrier_arrive(void* barrier, int bytes, void* caller);
+void cuda_on_cpu_mbarrier_wait(void* barrier, int parity, void* caller);
+void cuda_on_cpu_tensor_copy(void* to, const void* map, void* barrier, int axes, const int* at,
+                             const int* tap, void* caller);
+void cuda_on_cpu_wgmma(const cuda_on_cpu_product* mine);
+void cuda_on_cpu_wgmma_fence();
+void cuda_on_cpu_wgmma_commit();
+void cuda_on_cpu_wgmma_wait(int most);
+
 unsigned cuda_on_cpu_active_mask();
 unsigned cuda_on_cpu_lane();
 void* cuda_on_cpu_dynamic_shared();
@@ -88,4 +110,5 @@ enum {
   GATHER_SYNC, GATHER_SHUFFLE, GATHER_VOTE, GATHER_MATCH, GATHER_REDUCE, GATHER_USER,
   GATHER_LDMATRIX = 100,  // and twice the number of tiles, and whether they are transposed
   GATHER_MMA = 200,       // and the shape and type
+  GATHER_WGMMA = 300,     // and 1 for its fence, 2 for its commit, 3 for its wait
 };

@@ -26,9 +26,10 @@ dim3 blockDim, gridDim;
 
 // --------------------------------------------------------------------------------------- state
 
-enum State { UNSTARTED, READY, AT_BARRIER, IN_WARP, FINISHED };
+enum State { UNSTARTED, READY, AT_BARRIER, IN_WARP, AT_MBARRIER, FINISHED };
 static const char* const STATES[] = {"have not started", "could run", "wait at a barrier",
-                                     "wait in a warp collective", "have returned"};
+                                     "wait in a warp collective", "wait at an mbarrier",
+                                     "have returned"};
 
 struct Fiber : Context {
   unsigned thread = 0;
@@ -142,11 +143,11 @@ static bool start_one() {
 }
 
 [[noreturn]] static void stuck() {
-  unsigned counts[5] = {};
+  unsigned counts[6] = {};
   for (unsigned t = 0; t < thread_count; t++) counts[states[t]]++;
   char text[512];
   int length = 0;
-  for (int s = 0; s < 5; s++)
+  for (int s = 0; s < 6; s++)
     if (counts[s])
       length += snprintf(text + length, sizeof text - length, "%s%u threads %s",
                          length ? ", " : "", counts[s], STATES[s]);
@@ -154,6 +155,10 @@ static bool start_one() {
     cuda_on_cpu_fail("divergent barrier in block (%u, %u, %u): the barrier of line %d is not "
                      "reached by all threads: %s",
                      blockIdx.x, blockIdx.y, blockIdx.z, barrier.line, text);
+  char which[256];
+  if (hopper_describe(which, sizeof which))
+    cuda_on_cpu_fail("a wait without end in block (%u, %u, %u): %s: %s", blockIdx.x, blockIdx.y,
+                     blockIdx.z, which, text);
   cuda_on_cpu_fail("divergent warp collective in block (%u, %u, %u): lanes named in the mask do "
                    "not take part: %s",
                    blockIdx.x, blockIdx.y, blockIdx.z, text);
@@ -169,6 +174,7 @@ static void go_on_elsewhere() {
     current = fiber_of[thread];
     set_thread(thread);
   } else if (finished == thread_count) {
+    hopper_block_ends();
     switch_to(main_context);
     return;  // taken up again by a later block
   } else {
@@ -184,6 +190,12 @@ static void suspend(State state) {
   set_thread(thread);
 }
 
+void park() { suspend(AT_MBARRIER); }
+
+void wake(unsigned thread) {
+  if (states[thread] == AT_MBARRIER) make_ready(thread);
+}
+
 static void fiber_main() {
   arrived();
   for (;;) {
@@ -195,6 +207,7 @@ static void fiber_main() {
     set_thread(thread);
     launch->call(launch->arguments);
     copies_end(thread);
+    hopper_end(thread);
     states[thread] = FINISHED;
     finished++;
     if (start_one()) continue;
@@ -271,6 +284,7 @@ static unsigned meet(int op, unsigned mask, cuda_on_cpu_bits value, cuda_on_cpu_
   m->here |= 1u << lane;
   if (m->full()) {
     if (whole) whole(m->values);
+    if (op == GATHER_SYNC && mask == 0xffffffffu) checks_join_warp();
     for (unsigned t = warp * 32; t < thread_count && t < warp * 32 + 32; t++)
       if (mask >> (t % 32) & 1 && t != thread_now.thread) make_ready(t);
     if (launch->shuffle) cuda_on_cpu_yield();
@@ -351,6 +365,8 @@ static void run_block(unsigned block) {
   for (auto& warp : meetings) warp.clear();
   barrier = {};
   copies_begin(thread_count);
+  hopper_begin(thread_count);
+  checks_block_begins();
   // What shared memory holds at first is undefined: NaN, so that its use shows.
   memset(dynamic_shared, 0xff, launch->dynamic_shared);
   for (size_t i = 0; i < launch->region_count; i++)
