@@ -21,6 +21,8 @@ CHUNK = 512 * 1024
 LEAST_CHANNELS = 8
 #: Taps of a window from which on the sum of the columns' sums takes fewer steps.
 MOST_TAPS = 32
+#: Windows that a cell is part of, from which on a maximum of rows' maxima takes fewer steps.
+MOST_READ = 3
 _DTYPES = ("float32", "float64")
 
 
@@ -72,8 +74,9 @@ def _tables(
         places[axis, :count] = first * step
         offsets = (np.arange(k)[:, None] * step + offsets).reshape(-1)
         step *= n
-    held = np.array(kernel, np.int64)
-    return Tables(low, high, zeros, skipped, part_low, part_high, shares, places, offsets, held)
+    return Tables(
+        low, high, zeros, skipped, part_low, part_high, shares, places, offsets, np.array(kernel)
+    )
 
 
 def _found(w: Any, padded: str, channels: int) -> Tables:
@@ -115,6 +118,8 @@ def pool(x: Array, y: Array, w: Any, mode: str, padded: str) -> bool:
     if not _takes(w, x, y):
         return False
     if mode == "average" and math.prod(w.kernel) > MOST_TAPS:
+        return False
+    if mode == "max" and len(w.kernel) > 1 and math.prod(w.kernel) > MOST_READ * math.prod(w.stride):
         return False
     from gpuconv.compiled.pooling_loops import loops
 

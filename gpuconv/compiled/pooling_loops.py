@@ -91,9 +91,15 @@ def loops() -> Loops:
                     for c in range(channels):
                         out[c] = 0 if out[c] < 0 else out[c]
 
+    @njit(inline="always")
+    def better(a, m):  # type: ignore[no-untyped-def]
+        # A NaN is its window's maximum, the first of several.
+        return (not (a <= m)) & (m == m)
+
     @njit(**options)
     def winners(x, y, code, low, high, zeros, skipped, kernel, start, stop):  # type: ignore[no-untyped-def]
-        # skipped: (3, cells), taps of a window in front of the first cell inside.
+        # skipped: (3, cells), taps of a window in front of the first cell inside. Up to three
+        # taps of a row at a time, so that what is best so far is read and written less often.
         _, depth, rows, columns, channels = y.shape
         number = np.empty(channels, np.int32)
         for row in range(start, stop):
@@ -103,31 +109,70 @@ def loops() -> Loops:
             for w in range(columns):
                 w0, w1 = low[2, w], high[2, w]
                 out, mark = y[n, d, h, w], code[n, d, h, w]
+                if d0 >= d1 or h0 >= h1 or w0 >= w1:
+                    for c in range(channels):
+                        out[c], mark[c] = 0, nobody
+                    continue
                 first = True
                 for i in range(d0, d1):
                     for j in range(h0, h1):
                         tap = ((i - d0 + skipped[0, d]) * kernel[1] + j - h0 + skipped[1, h]) * (
                             kernel[2]
                         ) + skipped[2, w]
-                        for k in range(w0, w1):
-                            cell = x[n, i, j, k]
+                        k = w0
+                        while k < w1:
                             here = np.int32(tap + k - w0)
+                            one = x[n, i, j, k]
                             if first:
-                                for c in range(channels):
-                                    out[c] = cell[c]
-                                    number[c] = here
+                                if w1 - k == 1:
+                                    for c in range(channels):
+                                        out[c], number[c] = one[c], here
+                                    k += 1
+                                elif w1 - k == 3:
+                                    two, three = x[n, i, j, k + 1], x[n, i, j, k + 2]
+                                    second, third = np.int32(here + 1), np.int32(here + 2)
+                                    for c in range(channels):
+                                        m, t, a = one[c], here, two[c]
+                                        m, t = (a, second) if better(a, m) else (m, t)
+                                        a = three[c]
+                                        m, t = (a, third) if better(a, m) else (m, t)
+                                        out[c], number[c] = m, t
+                                    k += 3
+                                else:
+                                    two, second = x[n, i, j, k + 1], np.int32(here + 1)
+                                    for c in range(channels):
+                                        m, t, a = one[c], here, two[c]
+                                        m, t = (a, second) if better(a, m) else (m, t)
+                                        out[c], number[c] = m, t
+                                    k += 2
                                 first = False
-                                continue
-                            for c in range(channels):
-                                a, m = cell[c], out[c]
-                                # A NaN is its window's maximum, the first of several.
-                                better = (a > m) | ((a != a) & (m == m))
-                                out[c] = a if better else m
-                                number[c] = here if better else number[c]
-                if first:
-                    for c in range(channels):
-                        out[c], mark[c] = 0, nobody
-                    continue
+                            elif w1 - k == 1:
+                                for c in range(channels):
+                                    m, t, a = out[c], number[c], one[c]
+                                    m, t = (a, here) if better(a, m) else (m, t)
+                                    out[c], number[c] = m, t
+                                k += 1
+                            elif w1 - k == 3:
+                                two, three = x[n, i, j, k + 1], x[n, i, j, k + 2]
+                                second, third = np.int32(here + 1), np.int32(here + 2)
+                                for c in range(channels):
+                                    m, t, a = out[c], number[c], one[c]
+                                    m, t = (a, here) if better(a, m) else (m, t)
+                                    a = two[c]
+                                    m, t = (a, second) if better(a, m) else (m, t)
+                                    a = three[c]
+                                    m, t = (a, third) if better(a, m) else (m, t)
+                                    out[c], number[c] = m, t
+                                k += 3
+                            else:
+                                two, second = x[n, i, j, k + 1], np.int32(here + 1)
+                                for c in range(channels):
+                                    m, t, a = out[c], number[c], one[c]
+                                    m, t = (a, here) if better(a, m) else (m, t)
+                                    a = two[c]
+                                    m, t = (a, second) if better(a, m) else (m, t)
+                                    out[c], number[c] = m, t
+                                k += 2
                 if zeros[0, d] | zeros[1, h] | zeros[2, w]:
                     # The first tap in the padding, in row-major order.
                     if skipped[0, d] + skipped[1, h] + skipped[2, w] > 0:
@@ -196,17 +241,18 @@ def loops() -> Loops:
         # places: (3, cells), elements from the image's first cell to a window's first tap;
         # offsets: elements from there to each tap.
         _, depth, rows, columns, _ = dy.shape
-        flat, size = dx.reshape(-1), dx[0].size
         for n in range(start, stop):
+            image = dx[n].reshape(-1)
             dx[n, :, :, :, channels_from:channels_to] = 0
             for d in range(depth):
                 for h in range(rows):
                     for w in range(columns):
-                        base = n * size + places[0, d] + places[1, h] + places[2, w]
+                        base = places[0, d] + places[1, h] + places[2, w]
                         mark, gradient = code[n, d, h, w], dy[n, d, h, w]
                         for c in range(channels_from, channels_to):
                             if mark[c] != nobody:
-                                flat[base + offsets[mark[c]] + c] += gradient[c]
+                                # Without a sign: no look whether it counts from the end.
+                                image[np.uint64(base + offsets[mark[c]] + c)] += gradient[c]
 
     @njit(**options)
     def scatter(dy, indices, dx, start, stop):  # type: ignore[no-untyped-def]
@@ -216,7 +262,7 @@ def loops() -> Loops:
             base = n * into.size
             gradient, index = dy[n], indices[n]
             for i in range(gradient.size):
-                into[index[i] - base] += gradient[i]
+                into[np.uint64(index[i] - base)] += gradient[i]
 
     @njit(**options)
     def indices(code, found, places, offsets, image, start, stop):  # type: ignore[no-untyped-def]
