@@ -22,7 +22,7 @@ LINES = 64
 #: Elements of a chunk.
 CHUNK = 128 * 1024
 #: Elements that a line has at least.
-WIDTH = 512
+WIDTH = 1024
 
 
 class _Loops(NamedTuple):

@@ -44,6 +44,7 @@ class Tables(NamedTuple):
     places: Array
     offsets: Array
     kernel: Array
+    stride: Array
 
 
 @lru_cache(maxsize=64)
@@ -75,8 +76,9 @@ def _tables(
         offsets = (np.arange(k)[:, None] * step + offsets).reshape(-1)
         step *= n
     return Tables(
-        low, high, zeros, skipped, part_low, part_high, shares, places, offsets, np.array(kernel)
-    )
+        low, high, zeros, skipped, part_low, part_high, shares, places, offsets,
+        np.array(kernel), np.array(stride),
+    )  # fmt: skip
 
 
 def _found(w: Any, padded: str, channels: int) -> Tables:
@@ -160,7 +162,9 @@ def pool_max(x: Array, y: Array, w: Any, padded: str) -> Array | None:
     winners = loops().winners
 
     def run(start: int, stop: int) -> None:
-        winners(x, y, code, t.low, t.high, t.zeros, t.skipped, t.kernel, start, stop)
+        winners(
+            x, y, code, t.low, t.high, t.zeros, t.skipped, t.kernel, t.stride, start, stop
+        )  # fmt: skip
 
     _by_rows(y, x, run)
     return code

@@ -20,6 +20,8 @@ __all__ = ["NOBODY", "Loops", "loops"]
 Array = Any
 #: The number of a winner that is a cell of the padding.
 NOBODY = 255
+#: Rows of windows that share the maxima of the input's rows.
+BAND = 8
 
 
 class Loops(NamedTuple):
@@ -38,7 +40,7 @@ def loops() -> Loops:
     """Return the loops, each compiled when it is first called with a dtype."""
     from numba import njit
 
-    options, nobody = compiled.OPTIONS, NOBODY
+    options, nobody, band = compiled.OPTIONS, np.uint8(NOBODY), BAND
 
     # An argument of the loops: low, high   (3, cells) bounds of boxes on the three axes
     #                           zeros       the padding takes part in a maximum as zeros
@@ -96,100 +98,129 @@ def loops() -> Loops:
         # A NaN is its window's maximum, the first of several.
         return (not (a <= m)) & (m == m)
 
+    @njit(inline="always")
+    def along(source, at, best, mark, to, length, step, taps, number):  # type: ignore[no-untyped-def]
+        # The maxima of ``taps`` cells a step apart, of ``length`` of them side by side, and which
+        # they are, counted from ``number``. Indices without a sign need no look whether they count
+        # from the end, and slices for a few channels would take longer than the channels.
+        t, u, v = np.uint8(number), np.uint8(number + 1), np.uint8(number + 2)
+        if taps == 0:
+            for e in range(length):
+                best[np.uint64(to + e)], mark[np.uint64(to + e)] = -np.inf, t
+        elif taps == 1:
+            for e in range(length):
+                best[np.uint64(to + e)], mark[np.uint64(to + e)] = source[np.uint64(at + e)], t
+        elif taps == 2:
+            second = at + step
+            for e in range(length):
+                m, a = source[np.uint64(at + e)], source[np.uint64(second + e)]
+                b = better(a, m)
+                best[np.uint64(to + e)] = a if b else m
+                mark[np.uint64(to + e)] = u if b else t
+        else:
+            second, third = at + step, at + 2 * step
+            for e in range(length):
+                m, a = source[np.uint64(at + e)], source[np.uint64(second + e)]
+                b = better(a, m)
+                m, k = a if b else m, u if b else t
+                a = source[np.uint64(third + e)]
+                b = better(a, m)
+                best[np.uint64(to + e)] = a if b else m
+                mark[np.uint64(to + e)] = v if b else k
+            for tap in range(3, taps):
+                more, w = at + tap * step, np.uint8(number + tap)
+                for e in range(length):
+                    m, a = best[np.uint64(to + e)], source[np.uint64(more + e)]
+                    b = better(a, m)
+                    best[np.uint64(to + e)] = a if b else m
+                    mark[np.uint64(to + e)] = w if b else mark[np.uint64(to + e)]
+
     @njit(**options)
-    def winners(x, y, code, low, high, zeros, skipped, kernel, start, stop):  # type: ignore[no-untyped-def]
-        # skipped: (3, cells), taps of a window in front of the first cell inside. Up to three
-        # taps of a row at a time, so that what is best so far is read and written less often.
+    def winners(x, y, code, low, high, zeros, skipped, kernel, stride, start, stop):  # type: ignore[no-untyped-def]
+        # skipped: (3, cells), taps of a window in front of the first cell inside. First of the
+        # columns, for the rows that some windows share; then of the rows, over whole lines.
         _, depth, rows, columns, channels = y.shape
-        number = np.empty(channels, np.int32)
-        for row in range(start, stop):
+        width, most = columns * channels, (band - 1) * stride[1] + kernel[1]
+        best = np.empty((kernel[0] * most, width), x.dtype)
+        mark = np.empty((kernel[0] * most, width), np.uint8)
+        inner0 = 0  # columns whose windows are whole
+        while inner0 < columns and high[2, inner0] - low[2, inner0] < kernel[2]:
+            inner0 += 1
+        inner1 = inner0
+        while inner1 < columns and high[2, inner1] - low[2, inner1] == kernel[2]:
+            inner1 += 1
+        row = start
+        while row < stop:
             n, rest = row // (depth * rows), row % (depth * rows)
             d, h = rest // rows, rest % rows
-            d0, d1, h0, h1 = low[0, d], high[0, d], low[1, h], high[1, h]
-            for w in range(columns):
-                w0, w1 = low[2, w], high[2, w]
-                out, mark = y[n, d, h, w], code[n, d, h, w]
-                if d0 >= d1 or h0 >= h1 or w0 >= w1:
-                    for c in range(channels):
-                        out[c], mark[c] = 0, nobody
+            last = min(h + band, rows, h + stop - row)
+            row += last - h
+            d0, d1, first_row, last_row = low[0, d], high[0, d], low[1, h], high[1, last - 1]
+            for i in range(d0, d1):
+                for j in range(first_row, last_row):
+                    slot = (i - d0) * most + j - first_row
+                    source, to, number = x[n, i, j].reshape(-1), best[slot], mark[slot]
+                    w = 0
+                    while w < columns:
+                        cells, length = high[2, w] - low[2, w], channels
+                        if w == inner0 and stride[2] == 1:
+                            length *= inner1 - inner0
+                        along(
+                            source, low[2, w] * channels, to, number, w * channels, length,
+                            channels, cells, skipped[2, w],
+                        )  # fmt: skip
+                        w += length // channels
+            for hh in range(h, last):
+                h0, h1 = low[1, hh], high[1, hh]
+                out, winner = y[n, d, hh].reshape(-1), code[n, d, hh].reshape(-1)
+                if d0 >= d1 or h0 >= h1:
+                    for e in range(width):
+                        out[e], winner[e] = 0, nobody
                     continue
-                first = True
                 for i in range(d0, d1):
-                    for j in range(h0, h1):
-                        tap = ((i - d0 + skipped[0, d]) * kernel[1] + j - h0 + skipped[1, h]) * (
-                            kernel[2]
-                        ) + skipped[2, w]
-                        k = w0
-                        while k < w1:
-                            here = np.int32(tap + k - w0)
-                            one = x[n, i, j, k]
-                            if first:
-                                if w1 - k == 1:
-                                    for c in range(channels):
-                                        out[c], number[c] = one[c], here
-                                    k += 1
-                                elif w1 - k == 3:
-                                    two, three = x[n, i, j, k + 1], x[n, i, j, k + 2]
-                                    second, third = np.int32(here + 1), np.int32(here + 2)
-                                    for c in range(channels):
-                                        m, t, a = one[c], here, two[c]
-                                        m, t = (a, second) if better(a, m) else (m, t)
-                                        a = three[c]
-                                        m, t = (a, third) if better(a, m) else (m, t)
-                                        out[c], number[c] = m, t
-                                    k += 3
-                                else:
-                                    two, second = x[n, i, j, k + 1], np.int32(here + 1)
-                                    for c in range(channels):
-                                        m, t, a = one[c], here, two[c]
-                                        m, t = (a, second) if better(a, m) else (m, t)
-                                        out[c], number[c] = m, t
-                                    k += 2
-                                first = False
-                            elif w1 - k == 1:
-                                for c in range(channels):
-                                    m, t, a = out[c], number[c], one[c]
-                                    m, t = (a, here) if better(a, m) else (m, t)
-                                    out[c], number[c] = m, t
-                                k += 1
-                            elif w1 - k == 3:
-                                two, three = x[n, i, j, k + 1], x[n, i, j, k + 2]
-                                second, third = np.int32(here + 1), np.int32(here + 2)
-                                for c in range(channels):
-                                    m, t, a = out[c], number[c], one[c]
-                                    m, t = (a, here) if better(a, m) else (m, t)
-                                    a = two[c]
-                                    m, t = (a, second) if better(a, m) else (m, t)
-                                    a = three[c]
-                                    m, t = (a, third) if better(a, m) else (m, t)
-                                    out[c], number[c] = m, t
-                                k += 3
+                    j = h0
+                    while j < h1:
+                        base = np.uint8(
+                            ((i - d0 + skipped[0, d]) * kernel[1] + j - h0 + skipped[1, hh])
+                            * kernel[2]
+                        )
+                        slot = (i - d0) * most + j - first_row
+                        one, number = best[slot], mark[slot]
+                        if (i == d0) & (j == h0):
+                            if h1 - h0 == 1:
+                                for e in range(width):
+                                    out[e], winner[e] = one[e], np.uint8(number[e] + base)
                             else:
-                                two, second = x[n, i, j, k + 1], np.int32(here + 1)
-                                for c in range(channels):
-                                    m, t, a = out[c], number[c], one[c]
-                                    m, t = (a, here) if better(a, m) else (m, t)
-                                    a = two[c]
-                                    m, t = (a, second) if better(a, m) else (m, t)
-                                    out[c], number[c] = m, t
-                                k += 2
-                if zeros[0, d] | zeros[1, h] | zeros[2, w]:
+                                two, other = best[slot + 1], mark[slot + 1]
+                                after = np.uint8(base + kernel[2])
+                                for e in range(width):
+                                    m, a = one[e], two[e]
+                                    t, u = np.uint8(number[e] + base), np.uint8(other[e] + after)
+                                    b = better(a, m)
+                                    out[e], winner[e] = a if b else m, u if b else t
+                                j += 1
+                        else:
+                            for e in range(width):
+                                m, a, t = out[e], one[e], np.uint8(number[e] + base)
+                                b = better(a, m)
+                                out[e], winner[e] = a if b else m, t if b else winner[e]
+                        j += 1
+                for w in range(columns):
+                    if not (zeros[0, d] | zeros[1, hh] | zeros[2, w]):
+                        continue
                     # The first tap in the padding, in row-major order.
-                    if skipped[0, d] + skipped[1, h] + skipped[2, w] > 0:
-                        outside = np.int32(0)
-                    elif w1 - w0 < kernel[2]:
-                        outside = np.int32(w1 - w0)
+                    if skipped[0, d] + skipped[1, hh] + skipped[2, w] > 0:
+                        outside = 0
+                    elif high[2, w] - low[2, w] < kernel[2]:
+                        outside = high[2, w] - low[2, w]
                     elif h1 - h0 < kernel[1]:
-                        outside = np.int32((h1 - h0) * kernel[2])
+                        outside = (h1 - h0) * kernel[2]
                     else:
-                        outside = np.int32((d1 - d0) * kernel[1] * kernel[2])
-                    for c in range(channels):
-                        m = out[c]
-                        lost = (m < 0) | ((m == 0) & (outside < number[c]))
-                        out[c] = 0 if lost else m
-                        number[c] = nobody if lost else number[c]
-                for c in range(channels):
-                    mark[c] = np.uint8(number[c])
+                        outside = (d1 - d0) * kernel[1] * kernel[2]
+                    for e in range(w * channels, (w + 1) * channels):
+                        m = out[e]
+                        if (m < 0) | ((m == 0) & (outside < winner[e])):
+                            out[e], winner[e] = 0, nobody
 
     @njit(**options)
     def sums(source, target, low, high, weights, factors, start, stop):  # type: ignore[no-untyped-def]
