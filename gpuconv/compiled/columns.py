@@ -20,7 +20,7 @@ Array = Any
 #: Lines whose sum is taken in the arrays' dtype.
 LINES = 64
 #: Elements of a chunk.
-CHUNK = 128 * 1024
+CHUNK = 256 * 1024
 #: Elements that a line has at least.
 WIDTH = 1024
 
@@ -89,24 +89,44 @@ def _loops() -> _Loops:
                 total[0, i] += products[i]
                 total[1, i] += sums[i]
 
+    # Several lines at a time: what belongs to a column is read once for all of them.
+
     @njit(**options)
     def normalized(x, out, shift, slope, level, rectify, start, stop):  # type: ignore[no-untyped-def]
-        for line in range(start, stop):
-            a, to = x[line], out[line]
-            if rectify:
+        line = start
+        while line < stop:
+            if rectify or line + 4 > stop:
+                a, to = x[line], out[line]
                 for i in range(a.size):
                     v = (a[i] - shift[i]) * slope[i] + level[i]
-                    to[i] = 0 if v <= 0 else v
-            else:
-                for i in range(a.size):
-                    to[i] = (a[i] - shift[i]) * slope[i] + level[i]
+                    to[i] = 0 if rectify & (v <= 0) else v
+                line += 1
+                continue
+            a, b, c, d = x[line], x[line + 1], x[line + 2], x[line + 3]
+            e, f, g, h = out[line], out[line + 1], out[line + 2], out[line + 3]
+            for i in range(a.size):
+                m, s, t = shift[i], slope[i], level[i]
+                e[i] = (a[i] - m) * s + t
+                f[i] = (b[i] - m) * s + t
+                g[i] = (c[i] - m) * s + t
+                h[i] = (d[i] - m) * s + t
+            line += 4
 
     @njit(**options)
     def gradient(dy, x, dx, shift, bend, level, slope, start, stop):  # type: ignore[no-untyped-def]
-        for line in range(start, stop):
-            a, f, to = x[line], dy[line], dx[line]
+        line = start
+        while line < stop:
+            a, f, e = x[line], dy[line], dx[line]
+            if line + 1 == stop:
+                for i in range(a.size):
+                    e[i] = ((a[i] - shift[i]) * bend[i] + f[i] + level[i]) * slope[i]
+                return
+            b, g, h = x[line + 1], dy[line + 1], dx[line + 1]
             for i in range(a.size):
-                to[i] = ((a[i] - shift[i]) * bend[i] + f[i] + level[i]) * slope[i]
+                m, s, t, k = shift[i], bend[i], level[i], slope[i]
+                e[i] = ((a[i] - m) * s + f[i] + t) * k
+                h[i] = ((b[i] - m) * s + g[i] + t) * k
+            line += 2
 
     return _Loops(moments, gradient_sums, normalized, gradient)
 
