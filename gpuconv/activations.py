@@ -18,8 +18,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from gpuconv.compiled import activations as fast
 from gpuconv.arguments import boolean, normal_name, parse_call, real
+from gpuconv.compiled import activations as fast
 from gpuconv.device import namespace
 from gpuconv.differentiable import Activation
 from gpuconv.elementwise import BLOCK, New, apply, at_least_zero, at_most

@@ -132,7 +132,7 @@ def column_statistics(x: Array) -> tuple[Array, Array]:
         float64 on the CPU; on a GPU of the dtype that sums are taken in.
     """
     xp = namespace(x)
-    rows, columns = x.shape
+    rows = len(x)
     dtype = wide_dtype(x.dtype.name)
     if xp is not np:
         return on_cuda.column_statistics(xp.ascontiguousarray(x))

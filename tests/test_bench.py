@@ -480,17 +480,18 @@ def test_net_without_pytorch(tmp_path):
 @pytest.mark.skipif(not TORCH, reason="needs PyTorch")
 def test_layers_are_compared_and_timed(tmp_path, monkeypatch):
     monkeypatch.setattr(layers, "PAUSE", 0.0)
-    options = layers.LayersOptions(repeat=1, seconds=0.001, shapes=((2, 8, 8, 4),))
+    shapes = {n: ((2, *(8,) * n, 4),) for n in range(1, 4)} | {0: ((32, 4),)}
+    options = layers.LayersOptions(repeat=1, seconds=0.001, shapes=shapes)
     found = layers.run(options)
     assert layers.failures(found) == []
     assert {r["layer"] for r in found["layers"]} == set(layers.LAYERS)
-    assert len(found["layers"]) == 2 * len(layers.LAYERS)
+    assert len(found["layers"]) == 3 * len(layers.LAYERS)
     assert all(layers.ratio(r) > 0 for r in found["layers"])
     files = layers.write(found, tmp_path)
     assert json.loads(files[0].read_text())["layers"] == found["layers"]
     text = files[1].read_text()
     assert all(f"| {name} " in text for name in layers.LAYERS)
     found["layers"][0]["peers"]["torch:NHWC"] = {"times": [], "error": 0.1}
-    assert "torch:NHWC, BatchNorm, 2x8x8x4: differs from gpuconv's by 1.0e-01" in layers.markdown(
-        found
+    assert "torch:NHWC, BatchNorm, 2x8x8x4, forward: differs from gpuconv's by 1.0e-01" in (
+        layers.markdown(found)
     )

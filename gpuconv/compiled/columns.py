@@ -211,9 +211,7 @@ def gradient_sums(dy: Array, x: Array, shift: Array | None) -> Array:
     return lines.add(_loops().gradient_sums, [dy, x], lines.tiled(shift, x.dtype))
 
 
-def normalized(
-    x: Array, shift: Array | None, slope: Array, level: Array, rectify: bool
-) -> Array:
+def normalized(x: Array, shift: Array | None, slope: Array, level: Array, rectify: bool) -> Array:
     """Return ``(x - shift) * slope + level``, at least zero if ``rectify``."""
     lines, out = _Lines(*x.shape), np.empty_like(x)
     values = [lines.tiled(v, x.dtype) for v in (shift, slope, level)]

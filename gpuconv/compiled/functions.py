@@ -22,7 +22,9 @@ __all__ = ["STAMP", "exp", "expm1_below", "fma", "log1p_unit", "logistic", "norm
 #: Numba keeps compiled loops by their own file; this makes them stale when this one changes.
 STAMP = zlib.crc32(Path(__file__).read_bytes())
 
-_HAS_FMA = dict(binding.get_host_cpu_features()).get("fma", False) or binding.get_default_triple().startswith("aarch64")
+_HAS_FMA = dict(binding.get_host_cpu_features()).get(
+    "fma", False
+) or binding.get_default_triple().startswith("aarch64")
 _f32 = np.float32
 
 #: Added to a small number it leaves the nearest whole number in the last bits.
@@ -66,9 +68,7 @@ def _scaled(typingctx: Any, p: Any, t: Any) -> Any:
         half = builder.ashr(n, ir.Constant(i32, 1))
         result = args[0]
         for part in (half, builder.sub(n, half)):
-            exponent = builder.shl(
-                builder.add(part, ir.Constant(i32, 127)), ir.Constant(i32, 23)
-            )
+            exponent = builder.shl(builder.add(part, ir.Constant(i32, 127)), ir.Constant(i32, 23))
             result = builder.fmul(result, builder.bitcast(exponent, ir.FloatType()))
         return result
 

@@ -121,7 +121,11 @@ def pool(x: Array, y: Array, w: Any, mode: str, padded: str) -> bool:
         return False
     if mode == "average" and math.prod(w.kernel) > MOST_TAPS:
         return False
-    if mode == "max" and len(w.kernel) > 1 and math.prod(w.kernel) > MOST_READ * math.prod(w.stride):
+    if (
+        mode == "max"
+        and len(w.kernel) > 1
+        and math.prod(w.kernel) > MOST_READ * math.prod(w.stride)
+    ):
         return False
     from gpuconv.compiled.pooling_loops import loops
 
