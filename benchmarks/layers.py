@@ -24,6 +24,7 @@ from benchmarks.cases import compare
 from benchmarks.children import Child, ChildError, pinned
 from benchmarks.layers_worker import ACTIVATIONS, NORMS, PASSES, POOLS, axes_of
 from benchmarks.runner import PAUSE, OptionsError
+from gpuconv.compiled import numba_missing
 
 __all__ = ["LayersOptions", "failures", "markdown", "run", "write"]
 
@@ -76,6 +77,9 @@ def run(options: LayersOptions) -> dict[str, Any]:
         raise OptionsError(f"threads is {options.threads}; expected 1 to {cores}, the cores here")
     if options.repeat < 1:
         raise OptionsError(f"repeat is {options.repeat}; expected at least 1")
+    missing = numba_missing() if options.compiled else None
+    if missing:
+        raise OptionsError(f"compiled is asked for: {missing}")
     date = datetime.datetime.now(datetime.timezone.utc)
     rows = []
     with pinned(options.threads), ExitStack() as stack:

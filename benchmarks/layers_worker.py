@@ -142,7 +142,7 @@ def _gpuconv(layer: str, x: Array, dy: Array, train: bool) -> _Passes:
                 return lambda: pool(x, kernel, **options), lambda y: {}
             indices: list[Array] = []
 
-            def forward() -> Array:
+            def forward() -> Any:
                 y, found = pool(x, kernel, return_indices=True, **options)
                 indices[:] = [found]
                 return y
@@ -158,7 +158,8 @@ def _gpuconv(layer: str, x: Array, dy: Array, train: bool) -> _Passes:
 
     def run() -> Array:
         made.flush_gradients()
-        return made.forward(x, retain_derived=retain)
+        y: Array = made.forward(x, retain_derived=retain)
+        return y
 
     def gradients(y: Array) -> dict[str, Array]:
         found = {"dx": made.backward(dy)}

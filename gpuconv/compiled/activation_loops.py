@@ -230,4 +230,5 @@ def loop(kind: str, name: str, at: int) -> Callable[..., None] | None:
             for i in range(to.size if stamp else 0):
                 to[i] = f(dy[i], to[i], a, b)
 
-    return run
+    made: Callable[..., None] = run
+    return made

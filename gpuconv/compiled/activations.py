@@ -30,7 +30,7 @@ def value(activation: Any, z: Array, out: Array | None) -> Array | None:
     """
     if z.size < compiled.SMALL or activation.loop is None or not compiled.available():
         return None
-    return _run("value", *activation.loop, (z,), out)
+    return _run("value", activation.loop, (z,), out)
 
 
 def backward(
@@ -51,15 +51,18 @@ def backward(
     if dy.size < compiled.SMALL or activation.loop is None or not compiled.available():
         return None
     kind = "gradient from output" if from_output else "gradient"
-    return _run(kind, *activation.loop, (dy, at), out)
+    return _run(kind, activation.loop, (dy, at), out)
 
 
 def _run(
-    kind: str, name: str, numbers: tuple[float, float], arrays: tuple[Array, ...], out: Array | None
+    kind: str,
+    formula: tuple[str, tuple[float, float]],
+    arrays: tuple[Array, ...],
+    out: Array | None,
 ) -> Array | None:
     if not compiled.plain(*arrays, *(() if out is None else (out,))):
         return None
-    first = arrays[0]
+    (name, numbers), first = formula, arrays[0]
     if any(a.shape != first.shape for a in arrays):
         return None
     from gpuconv.compiled.activation_loops import loop

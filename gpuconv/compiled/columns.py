@@ -39,7 +39,7 @@ def _loops() -> _Loops:
     options, few = compiled.OPTIONS, LINES
 
     @njit(**options)
-    def moments(x, shift, total, start, stop):  # type: ignore[no-untyped-def]
+    def moments(x, shift, total, start, stop):
         width = x.shape[1]
         sums, squares = np.zeros(width, x.dtype), np.zeros(width, x.dtype)
         line = start
@@ -65,7 +65,7 @@ def _loops() -> _Loops:
                 total[1, i] += squares[i]
 
     @njit(**options)
-    def gradient_sums(dy, x, shift, total, start, stop):  # type: ignore[no-untyped-def]
+    def gradient_sums(dy, x, shift, total, start, stop):
         width = x.shape[1]
         products, sums = np.zeros(width, x.dtype), np.zeros(width, x.dtype)
         line = start
@@ -92,7 +92,7 @@ def _loops() -> _Loops:
     # Several lines at a time: what belongs to a column is read once for all of them.
 
     @njit(**options)
-    def normalized(x, out, shift, slope, level, rectify, start, stop):  # type: ignore[no-untyped-def]
+    def normalized(x, out, shift, slope, level, rectify, start, stop):
         line = start
         while line < stop:
             if rectify or line + 4 > stop:
@@ -113,7 +113,7 @@ def _loops() -> _Loops:
             line += 4
 
     @njit(**options)
-    def gradient(dy, x, dx, shift, bend, level, slope, start, stop):  # type: ignore[no-untyped-def]
+    def gradient(dy, x, dx, shift, bend, level, slope, start, stop):
         line = start
         while line < stop:
             a, f, e = x[line], dy[line], dx[line]

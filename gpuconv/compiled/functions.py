@@ -92,7 +92,7 @@ _LIMIT = _f32(TANH_LIMIT)
 _F0, _F1 = _f32(0.49999141693115234), _f32(0.16666455566883087)
 _F2, _F3 = _f32(0.04189884662628174), _f32(0.008374742232263088)
 _NEAR = _f32(87)
-_ONE, _TWO = _f32(1), _f32(2)
+_ZERO, _ONE, _TWO = _f32(0), _f32(1), _f32(2)
 
 
 @njit(inline="always")
@@ -140,7 +140,7 @@ def log1p_unit(t: Any) -> Any:
 
 @njit(inline="always")
 def weighted(z: Any, x: Any) -> Any:
-    """Return ``z / (1 + exp(-x))``, to 2e-7 of ``z``; the exponential stays within e**±87."""
+    """Return ``z / (1 + exp(-x))``, to 2e-7 of ``z``; 0 times ``z`` where x is below -87."""
     v = -_NEAR if x > _NEAR else -x
     v = _NEAR if v > _NEAR else v
     t = fma(v, _LOG2E, _MAGIC)
@@ -148,7 +148,8 @@ def weighted(z: Any, x: Any) -> Any:
     r = fma(n, _LN2_LOW, fma(n, _LN2_HIGH, v))
     p = fma(fma(fma(fma(_F3, r, _F2), r, _F1), r, _F0) * r, r, r)
     scale = _power(t)
-    return z / (fma(scale, p, scale) + _ONE)
+    found = z / (fma(scale, p, scale) + _ONE)
+    return z * _ZERO if x < -_NEAR else found  # an infinity of z times 0 is no number
 
 
 @njit(inline="always")

@@ -46,7 +46,7 @@ def loops() -> Loops:
     #                           zeros       the padding takes part in a maximum as zeros
 
     @njit(**options)
-    def largest(x, y, low, high, zeros, start, stop):  # type: ignore[no-untyped-def]
+    def largest(x, y, low, high, zeros, start, stop):
         _, depth, rows, columns, channels = y.shape
         for row in range(start, stop):
             n, rest = row // (depth * rows), row % (depth * rows)
@@ -94,12 +94,12 @@ def loops() -> Loops:
                         out[c] = 0 if out[c] < 0 else out[c]
 
     @njit(inline="always")
-    def better(a, m):  # type: ignore[no-untyped-def]
+    def better(a, m):
         # A NaN is its window's maximum, the first of several.
         return (not (a <= m)) & (m == m)
 
     @njit(inline="always")
-    def along(source, at, best, mark, to, length, step, taps, number):  # type: ignore[no-untyped-def]
+    def along(source, at, best, mark, to, length, step, taps, number):
         # The maxima of ``taps`` cells a step apart, of ``length`` of them side by side, and which
         # they are, counted from ``number``. Indices without a sign need no look whether they count
         # from the end, and slices for a few channels would take longer than the channels.
@@ -136,7 +136,7 @@ def loops() -> Loops:
                     mark[np.uint64(to + e)] = w if b else mark[np.uint64(to + e)]
 
     @njit(**options)
-    def winners(x, y, code, low, high, zeros, skipped, kernel, stride, start, stop):  # type: ignore[no-untyped-def]
+    def winners(x, y, code, low, high, zeros, skipped, kernel, stride, start, stop):
         # skipped: (3, cells), taps of a window in front of the first cell inside. First of the
         # columns, for the rows that some windows share; then of the rows, over whole lines.
         _, depth, rows, columns, channels = y.shape
@@ -223,7 +223,7 @@ def loops() -> Loops:
                             out[e], winner[e] = 0, nobody
 
     @njit(**options)
-    def sums(source, target, low, high, weights, factors, start, stop):  # type: ignore[no-untyped-def]
+    def sums(source, target, low, high, weights, factors, start, stop):
         # weights: (3, cells) of the source; factors: (3, cells) of the result; multiplied.
         _, depth, rows, columns, channels = target.shape
         for row in range(start, stop):
@@ -268,7 +268,7 @@ def loops() -> Loops:
                                 k += 1
 
     @njit(**options)
-    def hand_down(dy, code, dx, places, offsets, channels_from, channels_to, start, stop):  # type: ignore[no-untyped-def]
+    def hand_down(dy, code, dx, places, offsets, channels_from, channels_to, start, stop):
         # places: (3, cells), elements from the image's first cell to a window's first tap;
         # offsets: elements from there to each tap.
         _, depth, rows, columns, _ = dy.shape
@@ -286,7 +286,7 @@ def loops() -> Loops:
                                 image[np.uint64(base + offsets[mark[c]] + c)] += gradient[c]
 
     @njit(**options)
-    def scatter(dy, indices, dx, start, stop):  # type: ignore[no-untyped-def]
+    def scatter(dy, indices, dx, start, stop):
         for n in range(start, stop):
             into = dx[n]
             into[:] = 0
@@ -296,7 +296,7 @@ def loops() -> Loops:
                 into[np.uint64(index[i] - base)] += gradient[i]
 
     @njit(**options)
-    def indices(code, found, places, offsets, image, start, stop):  # type: ignore[no-untyped-def]
+    def indices(code, found, places, offsets, image, start, stop):
         _, depth, rows, columns, channels = code.shape
         for row in range(start, stop):
             n, rest = row // (depth * rows), row % (depth * rows)
