@@ -32,7 +32,7 @@ OPTIONS: dict[str, Any] = {
     "error_model": "numpy",
 }
 #: Elements below which NumPy's calls cost less than looking for a loop.
-SMALL = 2048
+SMALL = 16 * 1024
 #: Elements from which on a second thread is worth its start.
 PARALLEL = 64 * 1024
 
