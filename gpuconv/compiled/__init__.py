@@ -1,7 +1,7 @@
 """Layers' loops compiled by Numba, where the extra ``numba`` is installed.
 
 What NumPy does in several passes over a block is one loop here: activations, pooling, and what
-batch normalisation adds up and applies. A caller asks whether a loop takes its arrays, and goes
+batch normalisation adds up and applies, in float32. A caller asks whether a loop takes its arrays, and goes
 on with NumPy where it does not. Numba is imported when the first loop runs, and keeps on disk
 what it compiled.
 
@@ -52,11 +52,10 @@ def available() -> bool:
     return numba_missing() is None
 
 
-def plain(*arrays: Any, dtypes: tuple[str, ...] = ("float32",)) -> bool:
-    """Return whether loops take these arrays: NumPy's, dense, of one of the dtypes."""
-    kind = arrays[0].dtype
-    return kind.name in dtypes and all(
-        type(a) is np.ndarray and a.dtype == kind and a.flags.c_contiguous and a.flags.aligned
+def plain(*arrays: Any) -> bool:
+    """Return whether loops take these arrays: NumPy's, dense, float32."""
+    return all(
+        type(a) is np.ndarray and a.dtype == np.float32 and a.flags.c_contiguous and a.flags.aligned
         for a in arrays
     )
 

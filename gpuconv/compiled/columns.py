@@ -133,11 +133,7 @@ def _loops() -> _Loops:
 
 def takes(*arrays: Array) -> bool:
     """Return whether the loops take the arrays, of one size."""
-    return (
-        arrays[0].size >= compiled.SMALL
-        and compiled.available()
-        and compiled.plain(*arrays, dtypes=("float32", "float64"))
-    )
+    return arrays[0].size >= compiled.SMALL and compiled.available() and compiled.plain(*arrays)
 
 
 class _Lines:

@@ -21,9 +21,10 @@ CHUNK = 512 * 1024
 LEAST_CHANNELS = 8
 #: Taps of a window from which on the sum of the columns' sums takes fewer steps.
 MOST_TAPS = 32
+#: Taps of a window whose number is a byte, and none of them the padding's.
+MOST_WINNERS = 255
 #: Windows that a cell is part of, from which on a maximum of rows' maxima takes fewer steps.
 MOST_READ = 3
-_DTYPES = ("float32", "float64")
 
 
 class Tables(NamedTuple):
@@ -94,7 +95,7 @@ def _takes(w: Any, x: Array, *others: Array) -> bool:
         and w.first == 1
         and x.shape[-1] >= LEAST_CHANNELS
         and compiled.available()
-        and compiled.plain(x, *others, dtypes=_DTYPES)
+        and compiled.plain(x, *others)
     )
 
 
@@ -127,16 +128,16 @@ def pool(x: Array, y: Array, w: Any, mode: str, padded: str) -> bool:
         and math.prod(w.kernel) > MOST_READ * math.prod(w.stride)
     ):
         return False
-    from gpuconv.compiled.pooling_loops import loops
+    from gpuconv.compiled import pooling_loops as loops
 
     t, x, y = _found(w, padded, x.shape[-1]), _five(x), _five(y)
     if mode == "max":
-        largest = loops().largest
+        largest = loops.largest
         _by_rows(y, x, lambda a, b: largest(x, y, t.low, t.high, t.zeros, a, b))
         return True
     ones = np.ones((3, max(x.shape[1:4])), y.dtype)
     shares = t.shares.astype(y.dtype, copy=False)
-    sums = loops().sums
+    sums = loops.sums
     _by_rows(y, x, lambda a, b: sums(x, y, t.low, t.high, ones, shares, a, b))
     return True
 
@@ -145,25 +146,25 @@ def mean_grad(dy: Array, dx: Array, w: Any, padded: str) -> bool:
     """Do what its namesake of :mod:`gpuconv.engines.pooling` does; return whether it could."""
     if not _takes(w, dx, dy) or math.prod(w.kernel) > MOST_TAPS * math.prod(w.stride):
         return False
-    from gpuconv.compiled.pooling_loops import loops
+    from gpuconv.compiled import pooling_loops as loops
 
     t, dy, dx = _found(w, padded, dx.shape[-1]), _five(dy), _five(dx)
     ones = np.ones((3, max(dx.shape[1:4])), dx.dtype)
     shares = t.shares.astype(dx.dtype, copy=False)
-    sums = loops().sums
+    sums = loops.sums
     _by_rows(dx, dy, lambda a, b: sums(dy, dx, t.part_low, t.part_high, shares, ones, a, b))
     return True
 
 
 def pool_max(x: Array, y: Array, w: Any, padded: str) -> Array | None:
     """Write the maxima into ``y``; return the winners' taps for :func:`max_grad`, or None."""
-    from gpuconv.compiled.pooling_loops import NOBODY, loops
-
-    if not _takes(w, x, y) or math.prod(w.kernel) > NOBODY:
+    if not _takes(w, x, y) or math.prod(w.kernel) > MOST_WINNERS:
         return None
+    from gpuconv.compiled import pooling_loops as loops
+
     t, x, y = _found(w, padded, x.shape[-1]), _five(x), _five(y)
     code = np.empty(y.shape, np.uint8)
-    winners = loops().winners
+    winners = loops.winners
 
     def run(start: int, stop: int) -> None:
         winners(
@@ -176,11 +177,11 @@ def pool_max(x: Array, y: Array, w: Any, padded: str) -> Array | None:
 
 def max_grad(dy: Array, code: Array, dx: Array, w: Any) -> None:
     """Write the gradient of a maximum into ``dx``, dense as ``dy`` need not be."""
-    from gpuconv.compiled.pooling_loops import loops
+    from gpuconv.compiled import pooling_loops as loops
 
     t = _found(w, "outside", dx.shape[-1])
     dy, dx = _five(np.ascontiguousarray(dy, dx.dtype)), _five(dx)
-    hand_down = loops().hand_down
+    hand_down = loops.hand_down
     # Windows of an image overlap, and its channels do not.
     batch, channels = len(dx), dx.shape[-1]
     parts = 1 if batch > 1 else min(4, max(1, channels // 16))
@@ -200,10 +201,10 @@ def pool_indices(x: Array, y: Array, indices: Array, w: Any) -> bool:
     code = pool_max(x, y, w, "outside")
     if code is None:
         return False
-    from gpuconv.compiled.pooling_loops import loops
+    from gpuconv.compiled import pooling_loops as loops
 
     t = _found(w, "outside", x.shape[-1])
-    found, image, to_indices = _five(indices), x[0].size, loops().indices
+    found, image, to_indices = _five(indices), x[0].size, loops.indices
 
     def run(start: int, stop: int) -> None:
         to_indices(code, found, t.places, t.offsets, image, start, stop)
@@ -216,11 +217,11 @@ def scatter(dy: Array, indices: Array, dx: Array) -> bool:
     """Add the gradients to the cells that indices name; return whether it could."""
     if dx.size < compiled.SMALL or not compiled.available():
         return False
-    if not compiled.plain(dx, dy, dtypes=_DTYPES) or not indices.flags.c_contiguous:
+    if not compiled.plain(dx, dy) or not indices.flags.c_contiguous:
         return False
-    from gpuconv.compiled.pooling_loops import loops
+    from gpuconv.compiled import pooling_loops as loops
 
-    batch, loop = len(dx), loops().scatter
+    batch, loop = len(dx), loops.scatter
     given, places, into = (a.reshape(batch, -1) for a in (dy, indices, dx))
     compiled.spread(
         batch, lambda n: loop(given, places, into, n, n + 1), dx.size >= compiled.PARALLEL
