@@ -52,8 +52,8 @@ def available() -> bool:
     return numba_missing() is None
 
 
-def plain(*arrays: Any) -> bool:
-    """Return whether loops take these arrays: NumPy's, dense, float32."""
+def plain(*arrays: Any, dense: bool = True) -> bool:
+    """Return whether loops take these arrays: NumPy's, float32, and contiguous if ``dense``."""
     return all(
         type(a) is np.ndarray and a.dtype == np.float32 and a.flags.c_contiguous and a.flags.aligned
         for a in arrays

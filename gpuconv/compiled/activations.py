@@ -60,11 +60,18 @@ def _run(
     arrays: tuple[Array, ...],
     out: Array | None,
 ) -> Array | None:
-    if not compiled.plain(*arrays, *(() if out is None else (out,))):
+    if not compiled.plain(*arrays, *(() if out is None else (out,)), dense=False):
         return None
     (name, numbers), first = formula, arrays[0]
     if any(a.shape != first.shape for a in arrays):
         return None
+    # Copies where need be, so that how an array lies makes no difference to the bits.
+    arrays = tuple(np.ascontiguousarray(a) for a in arrays)
+    if out is not None and not out.flags.c_contiguous:
+        made = _run(kind, formula, arrays, None)
+        if made is not None:
+            out[...] = made
+        return None if made is None else out
     from gpuconv.compiled.activation_loops import loop
 
     at = -1
