@@ -55,7 +55,10 @@ def available() -> bool:
 def plain(*arrays: Any, dense: bool = True) -> bool:
     """Return whether loops take these arrays: NumPy's, float32, and contiguous if ``dense``."""
     return all(
-        type(a) is np.ndarray and a.dtype == np.float32 and a.flags.c_contiguous and a.flags.aligned
+        type(a) is np.ndarray
+        and a.dtype == np.float32
+        and (a.flags.c_contiguous or not dense)
+        and a.flags.aligned
         for a in arrays
     )
 

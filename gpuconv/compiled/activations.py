@@ -75,7 +75,7 @@ def _run(
     from gpuconv.compiled.activation_loops import loop
 
     at = -1
-    made = np.empty_like(first) if out is None else out
+    made = np.empty(first.shape, first.dtype) if out is None else out
     if out is not None:
         for k, a in enumerate(arrays):
             if a.ctypes.data == out.ctypes.data:
