@@ -16,10 +16,11 @@ from gpuconv.compiled.functions import (
     STAMP,
     exp,
     expm1_below,
+    faded,
     fma,
     log1p_unit,
     logistic,
-    normal,
+    normal_argument,
     weighted,
 )
 
@@ -58,12 +59,12 @@ def _elu(z: Any, a: Any, b: Any) -> Any:
 
 @_formula
 def _gelu(z: Any, a: Any, b: Any) -> Any:
-    return weighted(z, z * fma(z * z, b, a))
+    return faded(z, z * fma(z * z, b, a))
 
 
 @_formula
 def _gelu_exact(z: Any, a: Any, b: Any) -> Any:
-    return normal(z, z)
+    return faded(z, normal_argument(z))
 
 
 @_formula
@@ -114,7 +115,7 @@ def _gelu_gradient(dy: Any, x: Any, a: Any, b: Any) -> Any:
 def _gelu_exact_gradient(dy: Any, x: Any, a: Any, b: Any) -> Any:
     x = -_FLAT if x < -_FLAT else x
     x = _FLAT if x > _FLAT else x
-    return dy * fma(x * _DENSITY, exp(x * x * -_HALF), normal(_ONE, x))
+    return dy * fma(x * _DENSITY, exp(x * x * -_HALF), weighted(_ONE, normal_argument(x)))
 
 
 @_formula

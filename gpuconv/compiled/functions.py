@@ -17,7 +17,17 @@ from numba.extending import intrinsic
 
 from gpuconv.normal import TANH_FIT, TANH_LIMIT
 
-__all__ = ["STAMP", "exp", "expm1_below", "fma", "log1p_unit", "logistic", "normal", "weighted"]
+__all__ = [
+    "STAMP",
+    "exp",
+    "expm1_below",
+    "faded",
+    "fma",
+    "log1p_unit",
+    "logistic",
+    "normal_argument",
+    "weighted",
+]
 
 #: Numba keeps compiled loops by their own file; this makes them stale when this one changes.
 STAMP = zlib.crc32(Path(__file__).read_bytes())
@@ -140,7 +150,7 @@ def log1p_unit(t: Any) -> Any:
 
 @njit(inline="always")
 def weighted(z: Any, x: Any) -> Any:
-    """Return ``z / (1 + exp(-x))``, to 2e-7 of ``z``; 0 times ``z`` where x is below -87."""
+    """Return ``z / (1 + exp(-x))``, to 2e-7 of ``z``; the exponential stays within e**±87."""
     v = -_NEAR if x > _NEAR else -x
     v = _NEAR if v > _NEAR else v
     t = fma(v, _LOG2E, _MAGIC)
@@ -148,14 +158,20 @@ def weighted(z: Any, x: Any) -> Any:
     r = fma(n, _LN2_LOW, fma(n, _LN2_HIGH, v))
     p = fma(fma(fma(fma(_F3, r, _F2), r, _F1), r, _F0) * r, r, r)
     scale = _power(t)
-    found = z / (fma(scale, p, scale) + _ONE)
-    return z * _ZERO if x < -_NEAR else found  # an infinity of z times 0 is no number
+    return z / (fma(scale, p, scale) + _ONE)
 
 
 @njit(inline="always")
-def normal(z: Any, x: Any) -> Any:
-    """Return ``z`` times the normal distribution's function of ``x``, to 2e-7 of ``z``."""
+def faded(z: Any, x: Any) -> Any:
+    """Return :func:`weighted`, or 0 times ``z`` (no number for an infinity) where ``x < -87``."""
+    found = weighted(z, x)
+    return z * _ZERO if x < -_NEAR else found
+
+
+@njit(inline="always")
+def normal_argument(x: Any) -> Any:
+    """Return what the logistic function takes to the normal distribution's at ``x``, to 1e-7."""
     s = x * x
     s = _LIMIT if s > _LIMIT else s
     q = fma(fma(fma(fma(fma(fma(_N6, s, _N5), s, _N4), s, _N3), s, _N2), s, _N1), s, _N0)
-    return weighted(z, x * q)
+    return x * q
