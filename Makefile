@@ -28,6 +28,7 @@ mutate: $(VENV)/.test
 bench: $(VENV)/.bench
 	env -u OPENBLAS_CORETYPE $(BIN)/gpuconv bench $(ARGS)
 	env -u OPENBLAS_CORETYPE $(BIN)/gpuconv bench --layers --out benchmarks/results
+	env -u OPENBLAS_CORETYPE $(BIN)/gpuconv bench --layers --compiled --out benchmarks/results
 
 # Needs an NVIDIA GPU and an environment with CuPy (GPU_PYTHON); exits non-zero without one.
 GPU_PYTHON ?= $(PYTHON)

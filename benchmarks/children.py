@@ -38,6 +38,9 @@ def environment(threads: int, base: Mapping[str, str] | None = None) -> dict[str
     made = {k: v for k, v in source.items() if not k.startswith(_TUNING)}
     made.update(dict.fromkeys(_COUNTS, str(threads)))
     made["GPUCONV_DEVICE"] = "cpu"
+    # Else two threads of OpenMP may share a core, one waiting in a loop until the other's time is
+    # up: PyTorch then takes a scheduler's slice, milliseconds, for what it does in a tenth of one.
+    made["OMP_PROC_BIND"] = "true"
     path = made.get("PYTHONPATH")
     made["PYTHONPATH"] = str(ROOT) + (os.pathsep + path if path else "")
     return made

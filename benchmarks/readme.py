@@ -114,12 +114,13 @@ def update_readme(readme: Path, results: Path) -> bool:
         nets = results / f"{slug(result['machine'])}{compiled_stem(result)}-net.json"
         net = json.loads(nets.read_text(encoding="utf-8")) if nets.exists() else None
         sections.append(readme_section(result, net, folder))
-        others = results / f"{slug(result['machine'])}-layers.json"
+        stem = f"{slug(result['machine'])}{compiled_stem(result)}-layers"
+        others = results / f"{stem}.json"
         if others.exists():
             timed = json.loads(others.read_text(encoding="utf-8"))
             sections.append(
-                "Pooling, batch normalisation and activations, float32, PyTorch's time over "
-                f"gpuconv's:\n\n{layers.table(timed)}"
+                "Pooling, batch normalisation and activations, float32, PyTorch's time over gpuconv's, "
+                f"[layer by layer]({folder}/{stem}.md):\n\n{layers.summary(timed)}"
             )
     checked = [(stem, r) for stem, r in whole if r.get("on_a_gpu") and "summary" in r]
     made = _between(text, "measured", "\n\n".join(sections))

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from gpuconv.arguments import boolean, normal_name, parse_call, real
+from gpuconv.compiled import activations as fast
 from gpuconv.device import namespace
 from gpuconv.differentiable import Activation
 from gpuconv.elementwise import BLOCK, New, apply, at_least_zero, at_most
@@ -126,9 +127,17 @@ class ReLU(Activation):
 
     by_sign = True
 
+    @property
+    def loop(self) -> tuple[str, tuple[float, float]] | None:
+        """See :class:`Activation`."""
+        return "rectified", (0.0, 0.0)
+
     def fn(self, z: Array, out: Array | None = None) -> Array:
         """Return ``max(z, 0)``; NaN stays NaN."""
         if type(z) is np.ndarray and z.size > 1024:
+            made = fast.value(self, z, out)
+            if made is not None:
+                return made
             if z.size > BLOCK and z.dtype.kind == "f":
                 return apply(self._value, z, out=out)
             if out is None:
@@ -160,6 +169,11 @@ class LeakyReLU(Activation):
 
     def __str__(self) -> str:
         return f"Leaky ReLU(alpha={self.alpha})"  # what numpy-ml writes, and reads
+
+    @property
+    def loop(self) -> tuple[str, tuple[float, float]] | None:
+        """See :class:`Activation`."""
+        return ("leaky" if self.alpha else "rectified"), (self.alpha, 0.0)
 
     def _value(self, xp: Any, out: Array, new: New, z: Array) -> None:
         small = xp.multiply(z, self.alpha, out=new("small"))
@@ -193,6 +207,11 @@ class ELU(Activation):
 
     def __post_init__(self) -> None:
         real("alpha", self.alpha, 0)
+
+    @property
+    def loop(self) -> tuple[str, tuple[float, float]] | None:
+        """See :class:`Activation`."""
+        return "elu", (1.0, self.alpha)
 
     def _value(self, xp: Any, out: Array, new: New, z: Array) -> None:
         below = _expm1(xp, new, at_most(xp, z, 0.0, new("below")))
@@ -229,6 +248,11 @@ class SELU(Activation):
 
     alpha: ClassVar[float] = 1.6732632423543772
     scale: ClassVar[float] = 1.0507009873554805
+
+    @property
+    def loop(self) -> tuple[str, tuple[float, float]] | None:
+        """See :class:`Activation`."""
+        return "elu", (self.scale, self.scale * self.alpha)
 
     def _value(self, xp: Any, out: Array, new: New, z: Array) -> None:
         below = _expm1(xp, new, at_most(xp, z, 0.0, new("below")))
@@ -273,6 +297,11 @@ class GELU(Activation):
 
     def __post_init__(self) -> None:
         boolean("approximate", self.approximate)
+
+    @property
+    def loop(self) -> tuple[str, tuple[float, float]] | None:
+        """See :class:`Activation`."""
+        return ("gelu" if self.approximate else "exact gelu"), (2 * _TANH_SLOPE, 2 * _TANH_CUBE)
 
     def _value(self, xp: Any, out: Array, new: New, z: Array) -> None:
         phi = new("phi")
@@ -332,6 +361,11 @@ class GELU(Activation):
 class Tanh(Activation):
     """Hyperbolic tangent."""
 
+    @property
+    def loop(self) -> tuple[str, tuple[float, float]] | None:
+        """See :class:`Activation`."""
+        return "tanh", (0.0, 0.0)
+
     def _value(self, xp: Any, out: Array, new: New, z: Array) -> None:
         xp.tanh(z, out=out)
 
@@ -352,6 +386,11 @@ class Tanh(Activation):
 class Sigmoid(Activation):
     """Logistic function ``1 / (1 + exp(-z))``."""
 
+    @property
+    def loop(self) -> tuple[str, tuple[float, float]] | None:
+        """See :class:`Activation`."""
+        return "sigmoid", (0.0, 0.0)
+
     def _value(self, xp: Any, out: Array, new: New, z: Array) -> None:
         _logistic(xp, z, out)
 
@@ -370,6 +409,11 @@ class Sigmoid(Activation):
 @dataclass(frozen=True)
 class HardSigmoid(Activation):
     """``clip(0.2 z + 0.5, 0, 1)``; its derivative where it bends is 0."""
+
+    @property
+    def loop(self) -> tuple[str, tuple[float, float]] | None:
+        """See :class:`Activation`."""
+        return "hard sigmoid", (0.0, 0.0)
 
     def _value(self, xp: Any, out: Array, new: New, z: Array) -> None:
         xp.multiply(z, 0.2, out=out)
@@ -394,6 +438,11 @@ class HardSigmoid(Activation):
 class SoftPlus(Activation):
     """``log(1 + exp(z))``."""
 
+    @property
+    def loop(self) -> tuple[str, tuple[float, float]] | None:
+        """See :class:`Activation`."""
+        return "softplus", (0.0, 0.0)
+
     def _value(self, xp: Any, out: Array, new: New, z: Array) -> None:
         rest = xp.absolute(z, out=new("rest"))
         xp.exp(xp.negative(rest, out=rest), out=rest)
@@ -415,6 +464,11 @@ class SoftPlus(Activation):
 @dataclass(frozen=True)
 class Exponential(Activation):
     """``exp(z)``."""
+
+    @property
+    def loop(self) -> tuple[str, tuple[float, float]] | None:
+        """See :class:`Activation`."""
+        return "exponential", (0.0, 0.0)
 
     def _value(self, xp: Any, out: Array, new: New, z: Array) -> None:
         xp.exp(z, out=out)

@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--compiled",
         action="store_true",
-        help="let gpuconv choose the engines of its extra numba; NumPy alone at first",
+        help="let gpuconv use what its extra numba compiles; NumPy alone at first",
     )
     add("--scaling", action="store_true", help="also fit the time against batch and image size")
     add("--no-memory", action="store_true", help="do not measure gpuconv's peak memory")
@@ -110,7 +110,9 @@ def main(args: argparse.Namespace) -> int:
                 _say(f"wrote {file}")
             return 1 if net.failures(trained) else 0
         if args.layers:
-            timed = layers.run(layers.LayersOptions(threads, args.repeat, args.seconds, say=_say))
+            timed = layers.run(
+                layers.LayersOptions(threads, args.repeat, args.seconds, args.compiled, say=_say)
+            )
             print(report.to_json(timed) if args.json else layers.markdown(timed))
             for file in layers.write(timed, args.out) if args.out else []:
                 _say(f"wrote {file}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from functools import wraps
 from typing import Any, ClassVar
 
+from gpuconv.compiled import activations as fast
 from gpuconv.device import namespace
 from gpuconv.elementwise import New, Step, apply
 
@@ -51,13 +52,19 @@ class Activation:
     #: The derivative depends on the sign of the argument alone, which equals the output's.
     by_sign: ClassVar[bool] = False
 
+    @property
+    def loop(self) -> tuple[str, tuple[float, float]] | None:
+        """Name and numbers of its compiled formula (:mod:`gpuconv.compiled`), if it has one."""
+        return None
+
     def __call__(self, z: Array) -> Array:
         """Apply the function; a 1-D array is taken as one example, as in numpy-ml."""
         return self.fn(z.reshape(1, -1) if z.ndim == 1 else z)
 
     def fn(self, z: Array, out: Array | None = None) -> Array:
         """Return the value at ``z``; ``out`` may be ``z`` itself."""
-        return apply(self._value, z, out=out)
+        made = fast.value(self, z, out)
+        return apply(self._value, z, out=out) if made is None else made
 
     def grad(self, x: Array) -> Array:
         """Return the first derivative at ``x``."""
@@ -95,10 +102,14 @@ class Activation:
         """
         if y is not None and (self.invertible or x is None):
             self._check_invertible()
-            return apply(_times(self._slope_from_output), dy, y, out=out)
+            made = fast.backward(self, dy, y, True, out)
+            return made if made is not None else apply(
+                _times(self._slope_from_output), dy, y, out=out
+            )  # fmt: skip
         if x is None:
             raise ValueError("x and y are None; expected one of them")
-        return apply(_times(self._slope), dy, x, out=out)
+        made = fast.backward(self, dy, x, False, out)
+        return apply(_times(self._slope), dy, x, out=out) if made is None else made
 
     def _check_invertible(self) -> None:
         if not self.invertible:

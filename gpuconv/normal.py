@@ -10,7 +10,7 @@ import numpy as np
 from gpuconv.device import namespace
 from gpuconv.elementwise import New, at_most
 
-__all__ = ["erf", "normal_distribution"]
+__all__ = ["TANH_FIT", "TANH_LIMIT", "erf", "normal_distribution"]
 
 Array = Any
 
@@ -64,11 +64,11 @@ def erf(x: Array) -> Array:
 
 #: Phi(x) is (1 + tanh(x * q(x**2))) / 2 with these coefficients of q, lowest power first, fitted
 #: to the least largest error, 3e-8; beyond the square's limit Phi is 0 or 1 in float32.
-_TANH_FIT = (
+TANH_FIT = (
     0.7978849414604965, 0.036333084575005704, -3.2594977882976986e-05, -5.5306192373815366e-05,
     3.9647441175204155e-06, -1.322633119705659e-07, 1.7561698815327198e-09,
 )  # fmt: skip
-_TANH_LIMIT = 31.36
+TANH_LIMIT = 31.36
 
 
 def normal_distribution(xp: Any, x: Array, out: Array, new: New) -> Array:
@@ -81,12 +81,12 @@ def normal_distribution(xp: Any, x: Array, out: Array, new: New) -> Array:
         found += 1
         return xp.multiply(found, 0.5, out=out)
     square = np.multiply(x, x, out=new("power"))
-    at_most(np, square, _TANH_LIMIT, square)
-    np.multiply(square, _TANH_FIT[-1], out=out)
-    for c in reversed(_TANH_FIT[1:-1]):
+    at_most(np, square, TANH_LIMIT, square)
+    np.multiply(square, TANH_FIT[-1], out=out)
+    for c in reversed(TANH_FIT[1:-1]):
         np.add(out, c, out=out)
         np.multiply(out, square, out=out)
-    np.add(out, _TANH_FIT[0], out=out)
+    np.add(out, TANH_FIT[0], out=out)
     np.multiply(out, x, out=out)
     np.tanh(out, out=out)
     np.add(out, 1, out=out)

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from gpuconv.activations import Activation
+from gpuconv.activations import Activation, ReLU
+from gpuconv.compiled import columns as fast
 from gpuconv.cuda import kernels
 from gpuconv.cuda import normalization as on_cuda
 from gpuconv.device import namespace
@@ -131,28 +132,29 @@ def column_statistics(x: Array) -> tuple[Array, Array]:
         float64 on the CPU; on a GPU of the dtype that sums are taken in.
     """
     xp = namespace(x)
-    rows, columns = x.shape
+    rows = len(x)
     dtype = wide_dtype(x.dtype.name)
     if xp is not np:
         return on_cuda.column_statistics(xp.ascontiguousarray(x))
-    flat = _flat(x, dtype)
-    work = tuple(_pieces(rows, columns))
-    sums, squares = _moments(flat, work, columns, None)
+    sums, squares = _moments(x, dtype, None)
     with np.errstate(all="ignore"):
         mean = sums / rows
         variance = squares / rows - mean * mean
         if not (mean * mean <= FAR * FAR * variance).all():
             near = mean.astype(dtype)
-            sums, squares = _moments(flat, work, columns, near)
+            sums, squares = _moments(x, dtype, near)
             mean = near + sums / rows
             variance = squares / rows - (sums / rows) ** 2
         return mean, np.maximum(variance, 0)
 
 
-def _moments(
-    flat: Array, work: tuple[list[Piece], ...], columns: int, shift: Array | None
-) -> tuple[Array, Array]:
+def _moments(x: Array, dtype: Any, shift: Array | None) -> tuple[Array, Array]:
     """Return the sums of ``x - shift`` and of its squares."""
+    if fast.takes(x):
+        sums, squares = fast.moments(x, shift)
+        return sums, squares
+    columns = x.shape[1]
+    flat, work = _flat(x, dtype), tuple(_pieces(*x.shape))
     found = [(_Sums(columns), _Sums(columns)) for _ in work]
     shifts = None if shift is None else _Tiles(shift, flat.dtype)
 
@@ -194,10 +196,14 @@ def normalized_columns(
         )  # fmt: skip
         return y if fused or activation is None else activation.fn(y)
     dtype = wide_dtype(x.dtype.name)
-    flat, out = _flat(x, dtype), np.empty(x.size, dtype)
     with np.errstate(all="ignore"):
         slope = np.asarray(scaler, np.float64) * inverse
         near, rest = _split(mean, inverse, dtype)
+        if fast.takes(x):
+            rectify = type(activation) is ReLU
+            made = fast.normalized(x, near, slope, intercept - slope * rest, rectify)
+            return made if rectify or activation is None else activation.fn(made, out=made)
+        flat, out = _flat(x, dtype), np.empty(x.size, dtype)
         factors, offsets = _Tiles(slope, dtype), _Tiles(intercept - slope * rest, dtype)
         means = None if near is None else _Tiles(near, dtype)
 
@@ -261,18 +267,28 @@ def columns_grad(
         nothing = xp.zeros((columns,), mean.dtype)
         return (x if needs_x else None), nothing, nothing
     dtype = wide_dtype(x.dtype.name)
-    flat, grad = _flat(x, dtype), _flat(dy, dtype)
-    work = tuple(_pieces(rows, columns))
+    quick = fast.takes(x, dy)
+    if not quick:
+        flat, grad = _flat(x, dtype), _flat(dy, dtype)
     with np.errstate(all="ignore"):
         near, rest = _split(mean, inverse, dtype)
-        means = None if near is None else _Tiles(near, dtype)
-        dscaler, dintercept = _gradient_sums(grad, flat, work, columns, means)
+        means = None if near is None or quick else _Tiles(near, dtype)
+        if quick:
+            dscaler, dintercept = fast.gradient_sums(dy, x, near)
+        else:
+            work = tuple(_pieces(rows, columns))
+            dscaler, dintercept = _gradient_sums(grad, flat, work, columns, means)
         dscaler = (dscaler - rest * dintercept) * inverse
         if not needs_x:
             return None, dscaler, dintercept
         slope = np.asarray(scaler, np.float64) * inverse
         bend = -inverse * dscaler / max(rows, 1)
         level = -dintercept / max(rows, 1) - bend * rest
+        if quick and moving:
+            dx = fast.gradient(dy, x, near, bend, level, slope)
+            return dx, dscaler, dintercept
+        if quick:
+            flat, grad = _flat(x, dtype), _flat(dy, dtype)
         slopes, bends, levels = (_Tiles(v, dtype) for v in (slope, bend, level))
     out = np.empty(x.size, dtype)
 

@@ -480,17 +480,29 @@ def test_net_without_pytorch(tmp_path):
 @pytest.mark.skipif(not TORCH, reason="needs PyTorch")
 def test_layers_are_compared_and_timed(tmp_path, monkeypatch):
     monkeypatch.setattr(layers, "PAUSE", 0.0)
-    options = layers.LayersOptions(repeat=1, seconds=0.001, shapes=((2, 8, 8, 4),))
+    some = (
+        "BatchNorm", "BatchNorm of vectors", "max pool 3x3, stride 2", "average pool 3, stride 2",
+        "max pool 3x3x3, stride 2", "HardSigmoid", "GELU, exact",
+    )  # fmt: skip
+    shapes = {n: ((2, *(8,) * n, 4),) for n in range(1, 4)} | {0: ((32, 4),)}
+    options = layers.LayersOptions(repeat=1, seconds=0.001, shapes=shapes, layers=some)
     found = layers.run(options)
     assert layers.failures(found) == []
-    assert {r["layer"] for r in found["layers"]} == set(layers.LAYERS)
-    assert len(found["layers"]) == 2 * len(layers.LAYERS)
+    assert {r["layer"] for r in found["layers"]} == set(some)
+    assert len(found["layers"]) == 3 * len(some)
     assert all(layers.ratio(r) > 0 for r in found["layers"])
     files = layers.write(found, tmp_path)
     assert json.loads(files[0].read_text())["layers"] == found["layers"]
     text = files[1].read_text()
-    assert all(f"| {name} " in text for name in layers.LAYERS)
+    assert all(f"| {name} " in text for name in some)
+    assert all(f"| {group} " in layers.summary(found) for group in layers.GROUPS)
     found["layers"][0]["peers"]["torch:NHWC"] = {"times": [], "error": 0.1}
-    assert "torch:NHWC, BatchNorm, 2x8x8x4: differs from gpuconv's by 1.0e-01" in layers.markdown(
-        found
+    assert "torch:NHWC, BatchNorm, 2x8x8x4, forward: differs from gpuconv's by 1.0e-01" in (
+        layers.markdown(found)
     )
+
+
+def test_compiled_layers_need_numba(monkeypatch):
+    monkeypatch.setenv("GPUCONV_NUMBA", "0")
+    with pytest.raises(layers.OptionsError, match="compiled is asked for: GPUCONV_NUMBA=0"):
+        layers.run(layers.LayersOptions(compiled=True))

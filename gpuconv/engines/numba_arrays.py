@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
 from collections.abc import Callable
 from functools import cache, lru_cache
 from typing import Any
@@ -13,6 +11,7 @@ import numpy as np
 
 from gpuconv import settings, threads
 from gpuconv.activations import Activation
+from gpuconv.compiled import numba_missing
 from gpuconv.engines.im2col import run_shares
 from gpuconv.engines.windows import Axis, Block, Scratch, blocks
 from gpuconv.problem import CHANNELS_FIRST, ConvProblem
@@ -34,15 +33,6 @@ Array = np.ndarray[Any, Any]
 
 #: Elements after which an activation is applied, while they are in the cache.
 FINISH = 64 * 1024
-
-
-def numba_missing() -> str | None:
-    """Return why compiled engines cannot run here, or None."""
-    if os.environ.get("GPUCONV_NUMBA") == "0":
-        return "GPUCONV_NUMBA=0 switches it off"
-    if importlib.util.find_spec("numba") is None:
-        return "Numba is not installed: pip install 'gpuconv[numba]'"
-    return None
 
 
 def up(value: int, multiple: int) -> int:

@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from gpuconv import threads
+from gpuconv import compiled, threads
 from gpuconv.activations import Activation, ReLU
 from gpuconv.engines.im2col import run_shares, worker_count
-from gpuconv.engines.numba_arrays import numba_missing
 
 __all__ = ["output_grad"]
 
@@ -23,11 +22,6 @@ Array = np.ndarray[Any, Any]
 
 #: Rows whose sum is formed before it is added to the others.
 ROWS = 256
-
-
-@cache
-def _missing() -> bool:
-    return numba_missing() is not None
 
 
 @cache
@@ -74,7 +68,7 @@ def output_grad(
     rectify = type(activation) is ReLU and y is not None
     arrays = [a for a in (dy, y if rectify else None, dz) if a is not None]
     if (
-        _missing()
+        not compiled.available()
         or dy.dtype.name not in ("float32", "float64")
         or (activation is not None and not rectify)
         or (rectify and dz is None)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from gpuconv.compiled import pooling as fast
 from gpuconv.device import namespace
 from gpuconv.engines.im2col import run_shares, wide_dtype, worker_count
 from gpuconv.engines.pooling import Windows, at_axis, by_blocks, new, widened
@@ -37,6 +38,8 @@ def pool_indices(x: Array, y: Array, indices: Array, w: Windows) -> None:
     indices : ndarray
         int64, of the shape of ``y``, contiguous: into the cells of ``x`` in C order.
     """
+    if fast.pool_indices(x, y, indices, w):
+        return
     xp = namespace(x)
     steps = [math.prod(x.shape[axis + 1 :]) for axis in range(x.ndim)]
     inside = steps[w.first : w.first + len(w.kernel)]
@@ -159,6 +162,8 @@ def max_grad(dy: Array, indices: Array, dx: Array) -> None:
     dx : ndarray
         The gradient with respect to the input, contiguous.
     """
+    if fast.scatter(dy, indices, dx):
+        return
     xp = namespace(dy)
     wide = wide_dtype(dx.dtype.name)
     total = dx if dx.dtype == wide else xp.empty(dx.shape, wide)

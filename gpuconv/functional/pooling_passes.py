@@ -6,6 +6,7 @@ from typing import Any
 
 from gpuconv import settings
 from gpuconv.arguments import boolean
+from gpuconv.compiled import pooling as fast
 from gpuconv.device import device_of, namespace
 from gpuconv.engines import pooling as windowed
 from gpuconv.engines import pooling_max
@@ -74,7 +75,8 @@ def pool(
     if not y.size:
         return y, None
     if mode == "max" and retain:
-        return y, pool_max(x, y, w, "zeros")
+        found = fast.pool_max(x, y, w, "zeros")
+        return y, pool_max(x, y, w, "zeros") if found is None else found
     windowed.pool(x, y, w, mode, "zeros")
     return y, None
 
@@ -101,10 +103,12 @@ def pool_grad(
     if not dx.size:
         return dx
     w = Windows(shape[1:-1], kernel, stride, pads, 1)
-    if mode == "max":
+    if mode == "average":
+        windowed.mean_grad(dy, dx, w, "zeros")
+    elif isinstance(winners, list):
         max_grad_by_codes(dy, winners, dx, w)
     else:
-        windowed.mean_grad(dy, dx, w, "zeros")
+        fast.max_grad(dy, winners, dx, w)
     return dx
 
 

@@ -1,0 +1,295 @@
+"""Loops over windows, compiled: channels side by side, their vectors the innermost loop.
+
+Arrays are ``(batch, depth, rows, columns, channels)``. A box is what a cell of the result is
+made of: on each axis the cells from ``low`` to ``high``. In the forward pass it is a window
+without its padding; in the gradient of a mean, the windows that a cell of the input is part of.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+from numba.extending import register_jitable
+
+from gpuconv import compiled
+
+__all__ = ["NOBODY", "hand_down", "indices", "largest", "scatter", "sums", "winners"]
+
+#: The number of a winner that is a cell of the padding.
+NOBODY = 255
+#: Rows of windows that share the maxima of the input's rows.
+BAND = 8
+_NOBODY = np.uint8(NOBODY)
+
+
+# Each loop takes a range of rows of its result, counted over all axes. low, high: (3, cells), bounds
+# of boxes on the three axes; zeros: where the padding takes part in a maximum as zeros.
+
+
+@njit(**compiled.OPTIONS)
+def largest(x, y, low, high, zeros, start, stop):
+    _, depth, rows, columns, channels = y.shape
+    for row in range(start, stop):
+        n, rest = row // (depth * rows), row % (depth * rows)
+        d, h = rest // rows, rest % rows
+        d0, d1, h0, h1 = low[0, d], high[0, d], low[1, h], high[1, h]
+        for w in range(columns):
+            w0, w1 = low[2, w], high[2, w]
+            out = y[n, d, h, w]
+            first = True
+            for i in range(d0, d1):
+                for j in range(h0, h1):
+                    k = w0
+                    if first and k < w1:
+                        cell = x[n, i, j, k]
+                        if k + 1 < w1:
+                            other = x[n, i, j, k + 1]
+                            for c in range(channels):
+                                a, b = cell[c], other[c]
+                                out[c] = b if (b > a) | (b != b) else a
+                            k += 2
+                        else:
+                            for c in range(channels):
+                                out[c] = cell[c]
+                            k += 1
+                        first = False
+                    while k < w1:
+                        cell = x[n, i, j, k]
+                        if k + 1 < w1:
+                            other = x[n, i, j, k + 1]
+                            for c in range(channels):
+                                a, b, m = cell[c], other[c], out[c]
+                                m = a if (a > m) | (a != a) else m
+                                out[c] = b if (b > m) | (b != b) else m
+                            k += 2
+                        else:
+                            for c in range(channels):
+                                a, m = cell[c], out[c]
+                                out[c] = a if (a > m) | (a != a) else m
+                            k += 1
+            if first:
+                for c in range(channels):
+                    out[c] = 0
+            elif zeros[0, d] | zeros[1, h] | zeros[2, w]:
+                for c in range(channels):
+                    out[c] = 0 if out[c] < 0 else out[c]
+
+
+@register_jitable(inline="always")
+def better(a, m):
+    # A NaN is its window's maximum, the first of several.
+    return (not (a <= m)) & (m == m)
+
+
+@register_jitable(inline="always")
+def along(source, at, best, mark, to, length, step, taps, number):
+    # The maxima of ``taps`` cells a step apart, of ``length`` of them side by side, and which
+    # they are, counted from ``number``. Indices without a sign need no look whether they count
+    # from the end, and slices for a few channels would take longer than the channels.
+    t, u, v = np.uint8(number), np.uint8(number + 1), np.uint8(number + 2)
+    if taps == 0:
+        for e in range(length):
+            best[np.uint64(to + e)], mark[np.uint64(to + e)] = -np.inf, t
+    elif taps == 1:
+        for e in range(length):
+            best[np.uint64(to + e)], mark[np.uint64(to + e)] = source[np.uint64(at + e)], t
+    elif taps == 2:
+        second = at + step
+        for e in range(length):
+            m, a = source[np.uint64(at + e)], source[np.uint64(second + e)]
+            b = better(a, m)
+            best[np.uint64(to + e)] = a if b else m
+            mark[np.uint64(to + e)] = u if b else t
+    else:
+        second, third = at + step, at + 2 * step
+        for e in range(length):
+            m, a = source[np.uint64(at + e)], source[np.uint64(second + e)]
+            b = better(a, m)
+            m, k = a if b else m, u if b else t
+            a = source[np.uint64(third + e)]
+            b = better(a, m)
+            best[np.uint64(to + e)] = a if b else m
+            mark[np.uint64(to + e)] = v if b else k
+        for tap in range(3, taps):
+            more, w = at + tap * step, np.uint8(number + tap)
+            for e in range(length):
+                m, a = best[np.uint64(to + e)], source[np.uint64(more + e)]
+                b = better(a, m)
+                best[np.uint64(to + e)] = a if b else m
+                mark[np.uint64(to + e)] = w if b else mark[np.uint64(to + e)]
+
+
+@njit(**compiled.OPTIONS)
+def winners(x, y, code, low, high, zeros, skipped, kernel, stride, start, stop):
+    # skipped: (3, cells), taps of a window in front of the first cell inside. First of the
+    # columns, for the rows that some windows share; then of the rows, over whole lines.
+    _, depth, rows, columns, channels = y.shape
+    width, most = columns * channels, (BAND - 1) * stride[1] + kernel[1]
+    best = np.empty((kernel[0] * most, width), x.dtype)
+    mark = np.empty((kernel[0] * most, width), np.uint8)
+    inner0 = 0  # columns whose windows are whole
+    while inner0 < columns and high[2, inner0] - low[2, inner0] < kernel[2]:
+        inner0 += 1
+    inner1 = inner0
+    while inner1 < columns and high[2, inner1] - low[2, inner1] == kernel[2]:
+        inner1 += 1
+    row = start
+    while row < stop:
+        n, rest = row // (depth * rows), row % (depth * rows)
+        d, h = rest // rows, rest % rows
+        last = min(h + BAND, rows, h + stop - row)
+        row += last - h
+        d0, d1, first_row, last_row = low[0, d], high[0, d], low[1, h], high[1, last - 1]
+        for i in range(d0, d1):
+            for j in range(first_row, last_row):
+                slot = (i - d0) * most + j - first_row
+                source, to, number = x[n, i, j].reshape(-1), best[slot], mark[slot]
+                w = 0
+                while w < columns:
+                    cells, length = high[2, w] - low[2, w], channels
+                    if w == inner0 and stride[2] == 1:
+                        length *= inner1 - inner0
+                    along(
+                        source, low[2, w] * channels, to, number, w * channels, length,
+                        channels, cells, skipped[2, w],
+                    )  # fmt: skip
+                    w += length // channels
+        for hh in range(h, last):
+            h0, h1 = low[1, hh], high[1, hh]
+            out, winner = y[n, d, hh].reshape(-1), code[n, d, hh].reshape(-1)
+            if d0 >= d1 or h0 >= h1:
+                for e in range(width):
+                    out[e], winner[e] = 0, _NOBODY
+                continue
+            for i in range(d0, d1):
+                j = h0
+                while j < h1:
+                    base = np.uint8(
+                        ((i - d0 + skipped[0, d]) * kernel[1] + j - h0 + skipped[1, hh]) * kernel[2]
+                    )
+                    slot = (i - d0) * most + j - first_row
+                    one, number = best[slot], mark[slot]
+                    if (i == d0) & (j == h0):
+                        if h1 - h0 == 1:
+                            for e in range(width):
+                                out[e], winner[e] = one[e], np.uint8(number[e] + base)
+                        else:
+                            two, other = best[slot + 1], mark[slot + 1]
+                            after = np.uint8(base + kernel[2])
+                            for e in range(width):
+                                m, a = one[e], two[e]
+                                t, u = np.uint8(number[e] + base), np.uint8(other[e] + after)
+                                b = better(a, m)
+                                out[e], winner[e] = a if b else m, u if b else t
+                            j += 1
+                    else:
+                        for e in range(width):
+                            m, a, t = out[e], one[e], np.uint8(number[e] + base)
+                            b = better(a, m)
+                            out[e], winner[e] = a if b else m, t if b else winner[e]
+                    j += 1
+            for w in range(columns):
+                if not (zeros[0, d] | zeros[1, hh] | zeros[2, w]):
+                    continue
+                # The first tap in the padding, in row-major order.
+                if skipped[0, d] + skipped[1, hh] + skipped[2, w] > 0:
+                    outside = 0
+                elif high[2, w] - low[2, w] < kernel[2]:
+                    outside = high[2, w] - low[2, w]
+                elif h1 - h0 < kernel[1]:
+                    outside = (h1 - h0) * kernel[2]
+                else:
+                    outside = (d1 - d0) * kernel[1] * kernel[2]
+                for e in range(w * channels, (w + 1) * channels):
+                    m = out[e]
+                    if (m < 0) | ((m == 0) & (outside < winner[e])):
+                        out[e], winner[e] = 0, _NOBODY
+
+
+@njit(**compiled.OPTIONS)
+def sums(source, target, low, high, weights, factors, start, stop):
+    # weights: (3, cells) of the source; factors: (3, cells) of the result; multiplied.
+    _, depth, rows, columns, channels = target.shape
+    for row in range(start, stop):
+        n, rest = row // (depth * rows), row % (depth * rows)
+        d, h = rest // rows, rest % rows
+        d0, d1, h0, h1 = low[0, d], high[0, d], low[1, h], high[1, h]
+        for w in range(columns):
+            w0, w1 = low[2, w], high[2, w]
+            out = target[n, d, h, w]
+            factor = factors[0, d] * factors[1, h] * factors[2, w]
+            if d1 <= d0 or h1 <= h0 or w1 <= w0:
+                for c in range(channels):
+                    out[c] = 0
+                continue
+            first = True
+            for i in range(d0, d1):
+                for j in range(h0, h1):
+                    along = weights[0, i] * weights[1, j] * factor
+                    k = w0
+                    if first:
+                        f, cell = along * weights[2, k], source[n, i, j, k]
+                        if k + 1 < w1:
+                            g, other = along * weights[2, k + 1], source[n, i, j, k + 1]
+                            for c in range(channels):
+                                out[c] = cell[c] * f + other[c] * g
+                            k += 2
+                        else:
+                            for c in range(channels):
+                                out[c] = cell[c] * f
+                            k += 1
+                        first = False
+                    while k < w1:
+                        f, cell = along * weights[2, k], source[n, i, j, k]
+                        if k + 1 < w1:
+                            g, other = along * weights[2, k + 1], source[n, i, j, k + 1]
+                            for c in range(channels):
+                                out[c] += cell[c] * f + other[c] * g
+                            k += 2
+                        else:
+                            for c in range(channels):
+                                out[c] += cell[c] * f
+                            k += 1
+
+
+@njit(**compiled.OPTIONS)
+def hand_down(dy, code, dx, places, offsets, channels_from, channels_to, start, stop):
+    # places: (3, cells), elements from the image's first cell to a window's first tap;
+    # offsets: elements from there to each tap.
+    _, depth, rows, columns, _ = dy.shape
+    for n in range(start, stop):
+        image = dx[n].reshape(-1)
+        dx[n, :, :, :, channels_from:channels_to] = 0
+        for d in range(depth):
+            for h in range(rows):
+                for w in range(columns):
+                    base = places[0, d] + places[1, h] + places[2, w]
+                    mark, gradient = code[n, d, h, w], dy[n, d, h, w]
+                    for c in range(channels_from, channels_to):
+                        if mark[c] != _NOBODY:
+                            # Without a sign: no look whether it counts from the end.
+                            image[np.uint64(base + offsets[mark[c]] + c)] += gradient[c]
+
+
+@njit(**compiled.OPTIONS)
+def scatter(dy, indices, dx, start, stop):
+    for n in range(start, stop):
+        into = dx[n]
+        into[:] = 0
+        base = n * into.size
+        gradient, index = dy[n], indices[n]
+        for i in range(gradient.size):
+            into[np.uint64(index[i] - base)] += gradient[i]
+
+
+@njit(**compiled.OPTIONS)
+def indices(code, found, places, offsets, image, start, stop):
+    _, depth, rows, columns, channels = code.shape
+    for row in range(start, stop):
+        n, rest = row // (depth * rows), row % (depth * rows)
+        d, h = rest // rows, rest % rows
+        for w in range(columns):
+            base = n * image + places[0, d] + places[1, h] + places[2, w]
+            mark, index = code[n, d, h, w], found[n, d, h, w]
+            for c in range(channels):
+                index[c] = base + offsets[mark[c]] + c
