@@ -145,6 +145,8 @@ class ReLU(Activation):
             if z.flags.c_contiguous and out.flags.c_contiguous:
                 at_least_zero(np, z.reshape(-1), out.reshape(-1))
                 return out
+        if type(z) is np.ndarray:
+            return np.maximum(z, 0, out=out)  # type: ignore[no-any-return]
         return namespace(z).maximum(z, 0, out=out)
 
     def _value(self, xp: Any, out: Array, new: New, z: Array) -> None:

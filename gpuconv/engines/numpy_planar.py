@@ -39,6 +39,8 @@ MOST_CHANNELS = 4
 BLOCK = 1280 * 1024
 #: Outputs that a block should have, that a copy is worth its call.
 LEAST = 1024
+#: Elements up to which the windows of a block are one copy: it is the calls that take the time.
+ONE_COPY = 16 * 1024
 
 
 @dataclass(frozen=True)
@@ -336,35 +338,97 @@ def _span(size: int, first: int, step: int, count: int) -> tuple[int, int, slice
     return low, high, slice(begin, begin + step * (high - low), step)
 
 
+class _Gather:
+    """The copies that gather a block, between buffers of a thread: views, made once.
+
+    Blocks of one size that reach into the padding alike share them.
+
+    Parameters
+    ----------
+    axes : tuple of Axis
+        Rows and columns.
+    shape : tuple of int
+        Channels, images, rows of outputs of a block.
+    inside : tuple of int
+        Of the rows that it reads, the first in the source and the one after the last.
+    dtype : dtype
+    ones : bool
+        Whether a row of ones ends the columns.
+    """
+
+    def __init__(
+        self,
+        axes: tuple[Axis, Axis],
+        shape: tuple[int, int, int],
+        inside: tuple[int, int],
+        dtype: Any,
+        ones: bool,
+    ) -> None:
+        rows, columns = axes
+        sets, taps = _column_sets(columns)
+        channels, images, count = shape
+        low, high = rows.reads(0, count)
+        r0, r1 = inside
+        self.zero: list[Array] = []
+        self.inside: list[tuple[Array, slice]] = []
+        planes = []
+        for number, found in enumerate(sets):
+            u0, u1, cells = _span(columns.size, found.first, found.step, found.length)
+            plane = scratch.get(
+                f"plane {number}", (channels, images, high - low, found.length), dtype
+            )
+            if (r1 - r0, u1 - u0) != plane.shape[2:]:
+                self.zero.append(plane)
+            self.inside.append((plane[:, :, r0:r1, u0:u1].transpose(1, 2, 3, 0), cells))
+            planes.append(plane)
+        depth = rows.taps * columns.taps * channels
+        outputs = images * count * columns.count
+        self.whole = scratch.get("windows", (depth + ones, outputs), dtype)
+        self.last = self.whole[depth] if ones else None
+        place = self.whole[:depth].reshape(
+            rows.taps, columns.taps, channels, images, count, columns.count
+        )
+        self.copies = []
+        if len(sets) == 1 and self.whole.size <= ONE_COPY:
+            steps = planes[0].strides
+            windows = as_strided(
+                planes[0],
+                place.shape,
+                (rows.dilation * steps[2], columns.dilation // columns.stride * steps[3],
+                 *steps[:2], rows.stride * steps[2], steps[3]),
+            )  # fmt: skip
+            self.copies.append((place, windows))
+            return
+        for p in range(rows.taps):
+            begin = p * rows.dilation
+            of_tap = slice(begin, begin + (count - 1) * rows.stride + 1, rows.stride)
+            for q, (number, offset) in enumerate(taps):
+                source = planes[number][:, :, of_tap, offset : offset + columns.count]
+                self.copies.append((place[p, q], source))
+
+    def __call__(self, x: Array) -> Array:
+        """Return the columns of a block that reads these rows of some images."""
+        for plane in self.zero:
+            plane.fill(0)
+        for cells, columns in self.inside:
+            cells[...] = x[:, :, columns]
+        if self.last is not None:
+            self.last.fill(1)
+        for target, source in self.copies:
+            np.copyto(target, source)
+        return self.whole
+
+
 def _gathered(x: Array, axes: tuple[Axis, Axis], block: Block, dtype: Any, *, ones: bool) -> Array:
     """Return a block's columns, ``(taps * channels, outputs)``, with a row of ones at the end if asked."""
     (n0, n1), (first, last), _ = block
-    rows, columns = axes
-    sets, taps = _column_sets(columns)
-    channels = x.shape[-1]
-    low, high = rows.reads(first, last)
-    r0, r1, row_slice = _span(rows.size, low, 1, high - low)
-    planes = []
-    for number, found in enumerate(sets):
-        u0, u1, column_slice = _span(columns.size, found.first, found.step, found.length)
-        plane = scratch.get(f"plane {number}", (channels, n1 - n0, high - low, found.length), dtype)
-        if (r1 - r0, u1 - u0) != plane.shape[2:]:
-            plane[...] = 0
-        plane[:, :, r0:r1, u0:u1] = x[n0:n1, row_slice, column_slice].transpose(3, 0, 1, 2)
-        planes.append(plane)
-    count = last - first
-    outputs = (n1 - n0) * count * columns.count
-    depth = rows.taps * columns.taps * channels
-    whole = scratch.get("windows", (depth + ones, outputs), dtype)
-    if ones:
-        whole[depth] = 1
-    place = whole[:depth].reshape(rows.taps, columns.taps, channels, n1 - n0, count, columns.count)
-    for p in range(rows.taps):
-        begin = p * rows.dilation
-        of_tap = slice(begin, begin + (count - 1) * rows.stride + 1, rows.stride)
-        for q, (number, offset) in enumerate(taps):
-            place[p, q] = planes[number][:, :, of_tap, offset : offset + columns.count]
-    return whole
+    low, high = axes[0].reads(first, last)
+    r0, r1, rows = _span(axes[0].size, low, 1, high - low)
+    shape, inside = (x.shape[-1], n1 - n0, last - first), (r0, r1)
+    key = (axes, shape, inside, dtype, ones)
+    gather = scratch.made(key, lambda: _Gather(axes, shape, inside, dtype, ones))
+    columns: Array = gather(x[n0:n1, rows])
+    return columns
 
 
 def _zero_planes(

@@ -225,6 +225,7 @@ class Scratch(threading.local):
     def __init__(self) -> None:
         self._kept: dict[str, Array] = {}
         self._made: dict[Any, Any] = {}
+        self._too_large = False
         #: Whose zeros a shared buffer holds.
         self.holder: object = None
 
@@ -232,14 +233,16 @@ class Scratch(threading.local):
         """Return what ``make`` made of this thread's buffers, made again when these have moved.
 
         Views take NumPy longer to make than a small block to compute, and the interpreter's
-        lock is held meanwhile.
+        lock is held meanwhile. Those of a buffer that is too large to be kept are not either.
         """
         found = self._made.get(key)
         if found is None:
+            self._too_large = False
             found = make()
             if len(self._made) >= self.MOST:
                 self._made.clear()
-            self._made[key] = found
+            if not self._too_large:
+                self._made[key] = found
         return found
 
     def get(self, name: str, shape: tuple[int, ...], dtype: Any) -> Array:
@@ -254,6 +257,8 @@ class Scratch(threading.local):
             if size <= self.KEEP:
                 self._kept[name] = raw
                 self._made.clear()  # views of the buffer before
+            else:
+                self._too_large = True
         return np.ndarray(shape, kind, raw)
 
 

@@ -342,6 +342,13 @@ def hashable(value: Any) -> Any:
     """Return lists and integer arrays, at any depth, as tuples."""
     if isinstance(value, (int, str)):
         return value
+    if type(value) is tuple:
+        try:
+            hash(value)
+        except TypeError:
+            pass
+        else:
+            return value
     if isinstance(value, np.ndarray):
         value = value.tolist()
     if isinstance(value, (list, tuple)):
