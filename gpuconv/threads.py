@@ -1,6 +1,6 @@
 """Threads for the CPU engines: a worker per core, BLAS held to one thread inside.
 
-The work is divided *statically*: worker k always gets the same share, so sums over workers
+The work is divided *statically*: share k is always the same, whoever takes it, so sums over shares
 are added in the same order and results repeat bit for bit.
 """
 
@@ -9,17 +9,15 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from queue import SimpleQueue
+from typing import Any, Protocol
 
-from gpuconv import settings
-
-__all__ = ["inside", "run", "shares", "single_threaded_blas", "together"]
+__all__ = ["Idle", "helpers", "inside", "run", "shares", "single_threaded_blas", "while_idle"]
 
 _lock = threading.Lock()
-_pool: ThreadPoolExecutor | None = None
-_pool_size = 0
+_helpers: list[_Helper] = []
+_idle: Idle | None = None
 _blas: list[_Blas] | None = None
 _depth = 0
 _local = threading.local()
@@ -97,67 +95,115 @@ def _marked(work: Callable[[Any], None]) -> Callable[[Any], None]:
     return call
 
 
+class _Task:
+    """A worker's share of the work, for whoever takes it first."""
+
+    __slots__ = ("_argument", "_ended", "_taken", "_work", "error")
+
+    def __init__(self, work: Callable[[Any], None], argument: Any) -> None:
+        self._work, self._argument = work, argument
+        self._taken, self._ended = threading.Lock(), threading.Lock()
+        self._ended.acquire()
+        self.error: BaseException | None = None
+
+    def take(self) -> bool:
+        """Do the work, or return False if somebody else does."""
+        if not self._taken.acquire(blocking=False):
+            return False
+        try:
+            self._work(self._argument)
+        except BaseException as error:
+            self.error = error
+        finally:
+            self._ended.release()
+        return True
+
+    def wait(self) -> None:
+        self._ended.acquire()
+
+
+class _Helper:
+    """A thread that waits for tasks."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+        self._tasks: SimpleQueue[_Task | None] = SimpleQueue()
+        name = f"gpuconv_{number}"
+        threading.Thread(target=self._live, name=name, daemon=True).start()
+
+    def give(self, task: _Task | None) -> None:
+        """Wake the thread, for a task or for what it does between tasks."""
+        self._tasks.put(task)
+        if task is not None and _idle is not None:
+            _idle.interrupt(self._number)
+
+    def _live(self) -> None:
+        while True:
+            task = self._tasks.get()
+            if task is not None:
+                task.take()
+            task = None  # whose arrays are not held while this waits
+            if _idle is not None:
+                _idle.wait(self._number)
+
+
+class Idle(Protocol):
+    """What helpers do when they have no task, before they sleep."""
+
+    def wait(self, helper: int) -> None:
+        """Wait a while."""
+
+    def interrupt(self, helper: int) -> None:
+        """End the waiting of a helper: there is a task."""
+
+    def forget(self) -> None:
+        """All helpers are gone: this is a process of its own."""
+
+
+def while_idle(idle: Idle) -> None:
+    """Let helpers wait in this way from now on."""
+    global _idle
+    _idle = idle
+
+
+def helpers(count: int) -> list[_Helper]:
+    """Return at least so many helpers."""
+    if len(_helpers) < count:
+        with _lock:
+            _helpers.extend(_Helper(number) for number in range(len(_helpers), count))
+    return _helpers
+
+
 def run(work: Callable[[int], None], workers: int) -> None:
     """Call ``work(0)`` to ``work(workers - 1)``, at the same time, and wait for all.
 
-    The calling thread takes number 0. The first exception is raised when all have ended. From
-    inside another run they are called in turn: all cores are at work already.
+    The calling thread takes number 0, and then what nobody else has begun: a thread that is still
+    asleep keeps nobody waiting. The first exception is raised when all have ended. From inside
+    another run they are called in turn: all cores are at work already.
     """
     if workers == 1 or inside():
         for k in range(workers):
             work(k)
         return
-    pool = _executor(workers - 1)
     marked = _marked(work)
-    futures = [pool.submit(marked, k) for k in range(1, workers)]
-    try:
-        marked(0)
-    finally:
-        errors = [f.exception() for f in futures]
-    for error in errors:
-        if error is not None:
-            raise error
-
-
-def together(work: Callable[[bool], None], workers: int, done: Callable[[], bool]) -> None:
-    """Call ``work(True)`` here and ``work(False)`` in other threads, as soon as they wake up.
-
-    The work is a number of shares that each call takes one after the other until there are none,
-    and which call takes which must make no difference to the result. So nobody waits for a thread
-    that is still asleep when ``done()`` says that all shares are.
-    """
-    if workers == 1 or inside():
-        work(True)
-        return
-    pool = _executor(workers - 1)
-    marked = _marked(work)
-    futures = [pool.submit(marked, False) for _ in range(1, workers)]
-    try:
-        marked(True)
-    finally:
-        late = [f for f in futures if not f.cancel()]
-        errors = [] if done() else [f.exception() for f in late]
-    for error in errors:
-        if error is not None:
-            raise error
-
-
-def _executor(size: int) -> ThreadPoolExecutor:
-    global _pool, _pool_size
-    with _lock:
-        if _pool is None or _pool_size < size:
-            old = _pool
-            _pool_size = max(size, settings.get_num_threads() - 1)
-            _pool = ThreadPoolExecutor(_pool_size, thread_name_prefix="gpuconv")
-            if old is not None:
-                old.shutdown(wait=False)
-        return _pool
+    tasks = [_Task(marked, k) for k in range(workers)]
+    for helper, task in zip(helpers(workers - 1), tasks[1:], strict=False):
+        helper.give(task)
+    late = [task for task in tasks if not task.take()]
+    for task in late:
+        task.wait()
+    for task in tasks:
+        if task.error is not None:
+            raise task.error
 
 
 def _after_fork() -> None:
     """A child process has none of its parent's threads, and no lock that one of them held."""
-    global _pool, _pool_size, _lock, _depth
-    _pool, _pool_size, _lock, _depth = None, 0, threading.Lock(), 0
+    global _lock, _depth
+    _lock, _depth = threading.Lock(), 0
+    _helpers.clear()
+    if _idle is not None:
+        _idle.forget()
 
 
 if hasattr(os, "register_at_fork"):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import gpuconv
-from gpuconv import dispatch, threads
+from gpuconv import dispatch
 from tests.support import close
 
 RNG = np.random.default_rng(5)
@@ -185,30 +185,3 @@ def test_numba_is_imported_when_it_is_used_and_not_before() -> None:
     code = "import gpuconv, sys; gpuconv.engines(); print('numba' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
-
-
-def test_nobody_waits_for_a_thread_that_comes_too_late() -> None:
-    taken: list[int] = []
-
-    def work(first: bool) -> None:
-        if first:
-            taken.extend(range(4))
-
-    threads.together(work, 3, lambda: len(taken) == 4)
-    assert taken == [0, 1, 2, 3]
-
-
-def test_an_error_in_any_thread_is_raised() -> None:
-    import threading
-
-    started = threading.Event()
-
-    def work(first: bool) -> None:
-        if first:
-            assert started.wait(10)
-        else:
-            started.set()
-            raise MemoryError("no room")
-
-    with pytest.raises(MemoryError, match="no room"):
-        threads.together(work, 2, lambda: False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from gpuconv.engines.windows import Axis, Block, Scratch, blocks
 from gpuconv.problem import CHANNELS_FIRST, ConvProblem
 
 __all__ = [
+    "blocks_at",
     "buffers",
     "channel_blocks",
     "copied_bytes",
@@ -24,6 +25,7 @@ __all__ = [
     "in_parts",
     "numba_missing",
     "swapped",
+    "team_size",
     "two_axes",
     "up",
     "vector_bytes",
@@ -33,6 +35,8 @@ Array = np.ndarray[Any, Any]
 
 #: Elements after which an activation is applied, while they are in the cache.
 FINISH = 64 * 1024
+#: Operations for which one worker needs about as long as another needs to notice that there are some.
+TEAM = 400_000
 
 
 def up(value: int, multiple: int) -> int:
@@ -50,7 +54,7 @@ def vector_bytes() -> int:
     return BYTES
 
 
-@lru_cache(maxsize=256)
+@cache
 def channel_blocks(channels: int, width: int) -> Array:
     """Return vectors, first vector and numbers of the last one, of every block of channels."""
     vectors = up(channels, width)
@@ -64,6 +68,18 @@ def channel_blocks(channels: int, width: int) -> Array:
         ],
         np.int64,
     )
+
+
+@cache
+def blocks_at(channels: int, width: int) -> tuple[int, int, int]:
+    """Return the address of :func:`channel_blocks`, the number of them, and of all vectors."""
+    table = channel_blocks(channels, width)
+    return table.ctypes.data, len(table), up(channels, width)
+
+
+def team_size(flops: float) -> int:
+    """Return how many workers a compiled pass is worth: they need not be woken."""
+    return 1 if flops < TEAM else settings.get_num_threads()
 
 
 class _Buffers(Scratch):

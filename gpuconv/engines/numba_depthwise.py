@@ -29,8 +29,10 @@ import numpy as np
 
 from gpuconv import threads
 from gpuconv.activations import Activation
+from gpuconv.engines import numba_team
 from gpuconv.engines.base import Engine, Pass, epilogue_grad
-from gpuconv.engines.im2col import scratch, wide_dtype, worker_count
+from gpuconv.engines.im2col import scratch, wide_dtype
+from gpuconv.engines.numba_arrays import team_size
 from gpuconv.engines.rates import rates
 from gpuconv.engines.window_tables import (
     Gather,
@@ -57,8 +59,6 @@ GROUPS = (1, 2, 4, 8, 16)
 BLOCK = 384 * 1024
 #: Bytes of the lines of one vector of channels that the weight gradient goes through at a time.
 PART = 24 * 1024
-#: How often a worker looks for the others' end before it sleeps: a tenth of a millisecond or two.
-SPINS = 20_000
 #: Numbers in a line of sums for the bias.
 LINE = 1024
 
@@ -71,14 +71,8 @@ def _compiled() -> ModuleType:
     return numba_window_loops
 
 
-@cache
-def _kind(dtype: np.dtype[Any], group: int) -> tuple[Any, ...]:
-    """Return what tells the compiled loops, by its type, the dtype and the channels of a group."""
-    return (dtype.type(0),) * group
-
-
 def _workers(problem: ConvProblem) -> int:
-    return worker_count(problem.flops / 2)
+    return team_size(4 * problem.flops)
 
 
 def _count(total: int, workers: int) -> int:
@@ -204,16 +198,14 @@ class NumbaDepthwise(Engine):
         workers = _workers(problem)
         shares = threads.shares(total, workers)
 
-        def compute(
-            x_place: Place, y_place: Place, first: int, last: int, count: int = 1,
-            counters: Array | None = None, spins: int = 0,
-        ) -> None:  # fmt: skip
-            counters = np.zeros(2, np.int64) if counters is None else counters
-            run.forward(
-                _kind(dtype, group), dtype.itemsize, channels, x_place, _place(weights), y_place,
-                bias.ctypes.data, factor.ctypes.data, zeros.ctypes.data, gather.steps, gather.rows,
-                gather.columns, first, last, count, counters.ctypes.data, spins,
-            )  # fmt: skip
+        tables = [gather.rows.ctypes.data, len(gather.rows)]
+        tables += [gather.columns.ctypes.data, len(gather.columns)]
+        function = run.forward(dtype.name, group)
+
+        def compute(x: Place, y: Place, first: int, last: int, count: int, workers: int) -> None:
+            job = [dtype.itemsize, channels, first, last, *x, *y, *_place(weights)]
+            job += [bias.ctypes.data, factor.ctypes.data, zeros.ctypes.data, *gather.steps, *tables]
+            numba_team.run(function, np.array(job, np.int64), count, workers)
 
         def finish(n: int, i: int, end: int) -> None:
             """Compute rows that must be copied, or finished by NumPy."""
@@ -226,7 +218,7 @@ class NumbaDepthwise(Engine):
                 place = _place(copy, low)
             if not _is_native(out, dtype):
                 result = scratch.get("product", out.shape, dtype)
-            compute(place, _place(result, i), i, end)
+            compute(place, _place(result, i), i, end, 1, 1)
             if act is not None:
                 act.fn(result, out=result)
             if result is not out:
@@ -244,13 +236,7 @@ class NumbaDepthwise(Engine):
         if not native:
             threads.run(work, len(shares))
             return
-        counters, count = np.zeros(2, np.int64), _count(total, workers)
-        places = _place(source), _place(target)
-
-        def take(first: bool) -> None:
-            compute(*places, 0, total, count, counters, SPINS if first else 0)
-
-        threads.together(take, workers, lambda: bool(counters[1] == count))
+        compute(_place(source), _place(target), 0, total, _count(total, workers), workers)
 
     def input_grad(self, problem: ConvProblem, dz: Array, w: Array, dx: Array) -> None:
         """Write the gradient with respect to ``x`` into ``dx``."""
@@ -381,50 +367,49 @@ class _Backward:
         place_w = _place(sum_w)
         place_b = (sum_b.ctypes.data, sum_b.strides[0])
 
+        function = _compiled().backward(dtype.name, group)
+        tables: list[int] = []
+        for table in (self.gather.rows, self.gather.columns, self.sums.rows, self.sums.columns,
+                      layout.blocks):  # fmt: skip
+            tables += [table.ctypes.data, len(table)]
+
         def compute(
-            dz: Array, places: Any, behind: bool, blocks: range, sums: int, count: int,
-            counters: Array, spins: int,
-        ) -> None:  # fmt: skip
+            dz: Array, places: Any, behind: bool, blocks: range, sums: int, count: int, workers: int
+        ) -> None:
             """Compute blocks in so many shares, whose sums begin with the number given."""
             dy, y, x, dx = places
-            nothing = np.zeros(repeats * channels, dtype)
-            _compiled().backward(
-                _kind(dtype, group), dtype.itemsize, channels, dy, y, x, _place(self.weights), dx,
-                (dz.ctypes.data, *dz.strides[1:3]),
-                (place_w[0] + sums * place_w[1], *place_w[1:]),
-                (place_b[0] + sums * place_b[1], place_b[1]), nothing.ctypes.data, repeats, (at, one, one + dtype.itemsize), int(behind),
-                (int(self.dx is not None), int(self.need_w)), columns, layout.part,
-                self.gather.steps, self.gather.rows, self.gather.columns, self.sums.steps,
-                self.sums.rows, self.sums.columns, layout.blocks, blocks.start, blocks.stop,
-                count, counters.ctypes.data, spins,
-            )  # fmt: skip
+            nothing = np.zeros((workers, repeats * channels), dtype)
+            job = [
+                dtype.itemsize, channels, blocks.start, blocks.stop, *dy, *y, *x, *dx,
+                *_place(self.weights), dz.ctypes.data, *dz.strides[1:3], dz.strides[0],
+                place_w[0] + sums * place_w[1], *place_w[1:], place_b[0] + sums * place_b[1],
+                place_b[1], nothing.ctypes.data, nothing.strides[0], at, one, one + dtype.itemsize,
+                repeats, behind, self.dx is not None, self.need_w, columns, layout.part,
+                *self.gather.steps, *self.sums.steps, *tables,
+            ]  # fmt: skip
+            numba_team.run(function, np.array(job, np.int64), count, workers)
 
         arrays = (self.dy, self.y, self.x, self.dx)
         lines = all(_is_native(a, dtype, lines=True) for a in arrays[:2])
         if slope is not None and lines and all(_is_native(a, dtype) for a in arrays[2:]):
-            places, counters = [_place(a) for a in arrays], np.zeros(2, np.int64)
-
-            def take(first: bool) -> None:
-                spins = SPINS if first else 0
-                compute(self._buffer(), places, behind, range(total), 0, count, counters, spins)
-
-            threads.together(take, workers, lambda: bool(counters[1] == count))
+            places = [_place(a) for a in arrays]
+            compute(self._buffer(workers), places, behind, range(total), 0, count, workers)
         else:
             shares = threads.shares(total, min(workers, count))
 
             def work(k: int) -> None:
                 with np.errstate(all="ignore"):  # NaN and Inf travel on without a word
-                    dz = self._buffer()
+                    dz = self._buffer(1)
                     for block in shares[k]:
                         self._copied(*divmod(block, len(layout.blocks)), k, dz, compute)
 
             threads.run(work, len(shares))
         return sum_w.sum(axis=0), sum_b.sum(axis=0)
 
-    def _buffer(self) -> Array:
-        """Return this thread's buffer of a block's ``dz``, without the zeros on both sides."""
+    def _buffer(self, workers: int) -> Array:
+        """Return a buffer of a block's ``dz`` for each worker, without the zeros on both sides."""
         problem, layout, columns = self.problem, self.layout, self.problem.out_shape[1]
-        shape = (1, layout.rows, layout.columns, problem.out_channels)
+        shape = (workers, layout.rows, layout.columns, problem.out_channels)
         held = scratch.get("gradient", shape, wide_dtype(problem.dtype))
         held[:, :, : layout.before] = 0
         held[:, :, layout.before + columns :] = 0
@@ -434,7 +419,7 @@ class _Backward:
         """Compute one block whose arrays must be copied, or whose ``dz`` is NumPy's work."""
         i0, i1, r0, r1, low, high = self.layout.blocks[k].tolist()
         image = slice(n, n + 1)
-        gradient = dz[:, : high - low]
+        gradient = dz[:1, : high - low]
         if self.activation is None or self.y is None:
             np.copyto(gradient, self.dy[image, low:high])
         else:
@@ -455,6 +440,6 @@ class _Backward:
             result = scratch.get("product", target.shape, dz.dtype)
         # dz is its own source: the loops add it up where it lies.
         places = [_place(gradient, low), _place(None), place_x, _place(result, r0)]
-        compute(dz, places, False, range(k, k + 1), sums, 1, np.zeros(2, np.int64), 0)
+        compute(dz, places, False, range(k, k + 1), sums, 1, 1)
         if target is not None and result is not target:
             target[...] = result

@@ -15,22 +15,23 @@ the same for any number of them.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from gpuconv import threads
-from gpuconv.activations import Activation, ReLU
+from gpuconv.activations import ReLU
+from gpuconv.engines import numba_team
 from gpuconv.engines.base import Engine, Pass
 from gpuconv.engines.epilogue import bias_sums
-from gpuconv.engines.im2col import run_shares, worker_count
 from gpuconv.engines.numba_arrays import (
+    blocks_at,
     buffers,
-    channel_blocks,
     copied_bytes,
     finish,
     in_parts,
     numba_missing,
+    team_size,
     two_axes,
     up,
     vector_bytes,
@@ -61,7 +62,7 @@ class NumbaDirect(Engine):
 
     def cost(self, problem: ConvProblem, pass_: Pass) -> float:
         """Return the predicted time: products in whole vectors, tiles, memory."""
-        rate, workers = rates(), worker_count(problem.flops)
+        rate, workers = rates(), team_size(problem.flops)
         size = np.dtype(problem.dtype).itemsize
         width = vector_bytes() // size
         channels = problem.in_channels // problem.groups
@@ -102,36 +103,30 @@ class NumbaDirect(Engine):
 
     def forward(self, problem: ConvProblem, x: Array, w: Array, b: Array | None, y: Array) -> None:
         """Write ``act(conv(x, w) + b)`` into ``y``."""
-        groups = problem.groups
-        matrices = _flat_taps(w, problem.ndim).reshape(-1, groups, problem.out_channels // groups)
-        matrices = matrices.transpose(1, 0, 2)
         axes = forward_axes(problem)
+        w = w if w.strides[-1] == w.itemsize else np.ascontiguousarray(w)
+        bias = None if b is None else np.ascontiguousarray(b)
 
         def part(x: Array, y: Array) -> None:
-            filters = _Filters(matrices, False)
-            _correlate(axes, x, filters, y, problem.flops, b, problem.activation)
+            _correlate(axes, x, _Filters(w, problem, False), y, problem, bias)
 
         in_parts((x,), y, part)
 
     def input_grad(self, problem: ConvProblem, dz: Array, w: Array, dx: Array) -> None:
         """Write the gradient with respect to ``x`` into ``dx``, phase by phase."""
-        groups = problem.groups
+        w = w if w.strides[-1] == w.itemsize else np.ascontiguousarray(w)
         if _few_channels(problem):
             in_parts((dz,), dx, lambda dz, dx: _scatter(problem, dz, w, dx))
             return
-        phases = input_grad_phases(problem)
 
         def part(dz: Array, dx: Array) -> None:
-            for phase in phases:
+            for phase in input_grad_phases(problem):
                 cells = dx[(slice(None), *phase.cells)]
-                if not phase.axes:
+                if phase.axes:
+                    filters = _Filters(w[phase.taps], problem, True)
+                    _correlate(phase.axes, dz, filters, cells, None, None)
+                else:
                     cells[...] = 0
-                    continue
-                taps = _flat_taps(w[phase.taps], problem.ndim)
-                split = taps.reshape(*taps.shape[:2], groups, -1)
-                filters = _Filters(split.transpose(2, 0, 1, 3), True)
-                flops = problem.flops / len(phases)
-                _correlate(phase.axes, dz, filters, cells, flops, None, None)
 
         in_parts((dz,), dx, part)
 
@@ -150,45 +145,56 @@ class NumbaDirect(Engine):
             dw[...] = sums
 
 
+@lru_cache(maxsize=1024)
+def _offsets(shape: tuple[int, ...], strides: tuple[int, ...]) -> Array:
+    """Return where each tap's filters lie, in bytes from the first one's."""
+    total = np.zeros(1, np.int64)
+    for count, stride in zip(shape, strides, strict=True):
+        total = (total[:, None] + np.arange(count, dtype=np.int64) * stride).reshape(-1)
+    return total
+
+
 class _Filters:
-    """Weights in the order in which tiles read them: a block of channels after the other.
+    """Weights, to be put in the order in which tiles read them: a block of channels after the other.
 
     Parameters
     ----------
-    weights : ndarray
-        ``(groups, steps, channels)``; transposed ``(groups, taps, channels, steps of a tap)``.
-    transposed : bool
+    w : ndarray
+        ``(*taps, in, out)``, the outputs side by side.
+    problem : ConvProblem
+    exchanged : bool
+        Whether outputs are what is summed over, as for the input gradient.
     """
 
-    def __init__(self, weights: Array, transposed: bool) -> None:
-        self._weights, self._transposed = weights, transposed
-        self.groups = weights.shape[0]
-        self.channels = weights.shape[2]
-        self.depth = weights.shape[1] * (weights.shape[3] if transposed else 1)
-        self.inputs = 0
-        width = vector_bytes() // weights.itemsize
-        self.columns = channel_blocks(self.channels, width)
-        vectors = up(self.channels, width)
-        self.packed = buffers.get(
-            "packed", (self.groups, vectors * self.depth, width), weights.dtype
-        )
+    def __init__(self, w: Array, problem: ConvProblem, exchanged: bool) -> None:
+        size, self.groups = w.itemsize, problem.groups
+        of_group = w.shape[-1] // self.groups
+        taps = _offsets(w.shape[:-2], w.strides[:-2])
+        each, self.channels = w.shape[-2], of_group
+        if exchanged:
+            each, self.channels = self.channels, each
+        self.depth = len(taps) * each
+        columns, self.blocks, vectors = blocks_at(self.channels, vector_bytes() // size)
+        shape = (self.groups, vectors * self.depth, vector_bytes() // size)
+        self.packed = buffers.get("packed", shape, w.dtype)
+        self.at, self.nbytes = self.packed.ctypes.data, self.packed.nbytes
+        self.columns = columns
+        self.job = np.array(
+            [w.ctypes.data, taps.ctypes.data, len(taps), w.strides[-2], each, of_group * size,
+             self.groups, columns, self.blocks, self.channels, self.at, exchanged],
+            np.int64,
+        )  # fmt: skip
 
-    def pack(self, first_block: int, last_block: int) -> None:
-        """Put some blocks in order."""
-        loops = _loops(self._weights.dtype.name)
-        work = loops.pack_transposed if self._transposed else loops.pack
-        work(self._weights, self.columns, self.packed, first_block, last_block)
+    def pack(self, workers: int) -> None:
+        """Put all of them in order."""
+        some = min(self.blocks, workers) if self.packed.size > PACKED_ALONE else 1
+        numba_team.run(_loops().pack(self.packed.dtype.name), self.job, some, workers)
 
 
-def _loops(real: str) -> Any:
-    from gpuconv.engines.numba_loops import compiled
+def _loops() -> Any:
+    from gpuconv.engines import numba_loops
 
-    return compiled(real)
-
-
-def _flat_taps(w: Array, ndim: int) -> Array:
-    """Return weights ``(*taps, in, out)`` as ``(taps, in, out)``."""
-    return w.reshape(math.prod(w.shape[:ndim]), *w.shape[ndim:])
+    return numba_loops
 
 
 def _correlate(
@@ -196,58 +202,39 @@ def _correlate(
     source: Array,
     filters: _Filters,
     target: Array,
-    flops: float,
+    problem: ConvProblem | None,
     bias: Array | None,
-    activation: Activation | None,
 ) -> None:
-    """Write ``act(source * filters + bias)`` into ``target``."""
+    """Write ``act(source * filters + bias)`` into ``target``; without a problem no activation."""
     groups, size = filters.groups, source.itemsize
     channels = source.shape[-1] // groups
-    workers = worker_count(flops)
+    activation = None if problem is None else problem.activation
+    outputs = target.size // filters.channels
+    workers = team_size(2.0 * outputs * filters.depth * filters.channels)
     g = geometry(
         axes, len(source), source.strides[:-1], target.strides[:-1], channels, groups,
         filters.channels, size, workers,
     )  # fmt: skip
-    line = None
-    if bias is not None:
-        line = np.zeros(
-            (groups, filters.packed.shape[1] // filters.depth * vector_bytes() // size), bias.dtype
-        )
-        line[:, : filters.channels] = bias.reshape(groups, -1)
     rectify = type(activation) is ReLU
-    strides = (channels * size, filters.channels * size, filters.packed[0].nbytes,
-               0 if line is None else line[0].nbytes)  # fmt: skip
-    blocks = len(filters.columns)
-    by_blocks = blocks % workers == 0 and (
-        g.rows < 4 * workers or filters.packed.nbytes > source.nbytes
+    blocks = filters.blocks
+    by_blocks = (blocks % workers == 0 or blocks >= 4 * workers) and (
+        g.rows < 4 * workers or filters.nbytes > source.nbytes
     )
-    loop = _loops(source.dtype.name).correlate
-
-    def work(k: int, share: range) -> None:
-        rows = (0, g.rows) if by_blocks else (share.start, share.stop)
-        columns = (share.start, share.stop) if by_blocks else (0, blocks)
-        if by_blocks:
-            filters.pack(*columns)
-        loop(
-            source.ctypes.data + g.origin, target.ctypes.data, filters.packed.ctypes.data,
-            0 if line is None else line.ctypes.data, g.steps, g.places, g.counts, g.rows_at_once,
-            g.depth_classes, g.row_classes, g.column_classes, g.combos, g.chunks, g.segments,
-            filters.depth * vector_bytes(), filters.columns, strides, int(rectify),
-            (*rows, *columns, 0, groups),
-        )  # fmt: skip
-
+    job = np.array(
+        [g.job.ctypes.data, source.ctypes.data + g.origin, target.ctypes.data, filters.at,
+         0 if bias is None else bias.ctypes.data, filters.columns, blocks,
+         filters.depth * vector_bytes(), channels * size, filters.channels * size,
+         filters.nbytes // groups, filters.channels * size, rectify, groups, by_blocks,
+         filters.job.ctypes.data],
+        np.int64,
+    )  # fmt: skip
     if by_blocks:
-        shares = threads.shares(blocks, workers)
+        shares = blocks
     else:
-        if workers > 1 and filters.packed.size > PACKED_ALONE and blocks >= workers:
-            run_shares(
-                tuple(threads.shares(blocks, workers)),
-                lambda _, share: filters.pack(share.start, share.stop),
-            )
-        else:
-            filters.pack(0, blocks)
-        shares = threads.shares(g.rows, workers)
-    run_shares(tuple(shares), work)
+        filters.pack(workers)
+        # A share reads all filters: as many outputs as make up for that, where there are some.
+        shares = min(g.rows, max(4 * workers, up(g.rows, g.rows_at_once)))
+    numba_team.run(_loops().correlate(source.dtype.name), job, shares, workers)
     if activation is not None and not rectify:
         finish(target, activation, workers)
 
@@ -279,56 +266,53 @@ def _scatter_dense(
     problem: ConvProblem, rows: Axis, columns: Axis, dz: Array, w: Array, dx: Array
 ) -> None:
     depth = problem.out_channels
-    filters = _Filters(w.reshape(1, -1, depth).swapaxes(1, 2), False)
-    filters.pack(0, len(filters.columns))
-    segment = np.array([[0, 0, depth]])
-    loop = _loops(dx.dtype.name).scatter
-
-    def work(_: int, share: range) -> None:
-        lines = dx.reshape(-1, *dx.shape[2:]) if dx.flags.c_contiguous else None
-        if lines is not None:
-            lines[share.start : share.stop] = 0
-        product = buffers.get(
-            "product", (columns.count, filters.packed.shape[1] // depth, vector_bytes()), np.uint8
-        )
-        loop(
-            dz.ctypes.data, dz.strides[:3], (rows.count, columns.count), filters.packed.ctypes.data,
-            dx.ctypes.data, dx.strides[:3], (rows.size, columns.size), (rows.taps, columns.taps),
-            (rows.stride, columns.stride, rows.dilation, -rows.start, -columns.start),
-            problem.in_channels, filters.columns, product.ctypes.data, segment,
-            (share.start, share.stop),
-        )  # fmt: skip
-
-    if not dx.flags.c_contiguous:
-        dx[...] = 0
-    workers = worker_count(problem.flops)
-    run_shares(tuple(threads.shares(len(dx) * rows.size, workers)), work)
+    workers = team_size(problem.flops)
+    # All taps of all channels are the channels of one product.
+    matrix = (
+        w.reshape(-1, depth) if w.flags.c_contiguous else np.ascontiguousarray(w).reshape(-1, depth)
+    )
+    filters = _Filters(matrix, problem, True)
+    filters.pack(workers)
+    line = filters.nbytes // depth
+    products = buffers.get("product", (workers, columns.count * line), np.uint8)
+    segment = np.array([0, 0, depth], np.int64)
+    job = np.array(
+        [dz.ctypes.data, filters.at, dx.ctypes.data, *dz.strides[:3], *dx.strides[:3], rows.count,
+         columns.count, rows.taps, columns.taps, rows.size, columns.size, rows.stride,
+         columns.stride, rows.dilation, -rows.start, -columns.start, problem.in_channels,
+         len(dx) * rows.size, filters.columns, filters.blocks, products.ctypes.data,
+         columns.count * line, segment.ctypes.data],
+        np.int64,
+    )  # fmt: skip
+    # Parts of an image share products: whole images where there are enough of them.
+    shares = len(dx) if len(dx) % workers == 0 or len(dx) >= 4 * workers else workers
+    numba_team.run(_loops().scatter(dx.dtype.name), job, min(shares, len(dx) * rows.size), workers)
 
 
 def _outer_sums(problem: ConvProblem, x: Array, dz: Array, sums: Array) -> None:
     """Add the weight gradient of a part of the batch to ``sums``, dense as the weights."""
     groups, size = problem.groups, x.itemsize
     channels, width = problem.in_channels // groups, problem.out_channels // groups
-    workers = worker_count(problem.flops)
+    workers = team_size(problem.flops)
     g = geometry(
         forward_axes(problem), len(x), x.strides[:-1], dz.strides[:-1], channels, groups, width,
         size, workers,
     )  # fmt: skip
-    columns = channel_blocks(width, vector_bytes() // size)
-    strides = (channels * size, width * size, width * size)
-    line, blocks = int(g.taps[2]) * channels, len(columns)
-    by_blocks = blocks % workers == 0
-    loop = _loops(x.dtype.name).outer_sums
-
-    def work(_: int, share: range) -> None:
-        mine = share.start, share.stop
-        segments = np.empty((min(g.sum_rows, g.rows), 3), np.int64)
-        loop(
-            x.ctypes.data + g.origin, dz.ctypes.data, sums.ctypes.data, g.steps, g.places, g.counts,
-            g.taps, g.tap_steps, g.ranges_d, g.ranges_h, g.entries, channels, g.sum_rows, columns,
-            problem.out_channels * size, strides, segments,
-            (0, g.rows, *(mine if by_blocks else (0, blocks)), 0, groups,
-             *((0, line) if by_blocks else mine)),
-        )  # fmt: skip
-
-    run_shares(tuple(threads.shares(blocks if by_blocks else line, workers)), work)
+    columns, blocks, _ = blocks_at(width, vector_bytes() // size)
+    line, taps = int(g.taps[2]) * channels, int(g.taps[1])
+    by_blocks = by_taps = by_line = 1
+    if blocks % workers == 0 or blocks >= 4 * workers:
+        by_blocks = blocks
+    elif taps % workers == 0 or taps >= 2 * workers:
+        by_taps = taps
+    else:
+        by_line = min(line, workers)
+    segments = buffers.get("segments", (workers, min(g.sum_rows, g.rows), 3), np.int64)
+    job = np.array(
+        [g.job.ctypes.data, x.ctypes.data + g.origin, dz.ctypes.data, sums.ctypes.data, columns,
+         blocks, channels, problem.out_channels * size, channels * size, width * size, width * size,
+         groups, by_blocks, by_taps, by_line, segments.ctypes.data, segments[0].nbytes],
+        np.int64,
+    )  # fmt: skip
+    shares = by_blocks * by_taps * by_line
+    numba_team.run(_loops().outer_sums(x.dtype.name), job, shares, workers)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -46,7 +46,7 @@ def _classes(axis: Axis) -> list[tuple[int, int, int, int]]:
 
 
 def _outputs(classes: list[tuple[int, int, int, int]]) -> Array:
-    return np.array([c[:2] for c in classes])
+    return np.array([c[:2] for c in classes], np.int64)
 
 
 @lru_cache(maxsize=1024)
@@ -80,9 +80,22 @@ class Geometry:
     rows_at_once: int
     sum_rows: int
 
-    @property
+    @cached_property
     def rows(self) -> int:
+        """All rows of outputs."""
         return int(np.prod(self.counts))
+
+    @cached_property
+    def job(self) -> Array:
+        """All of this as the jobs of :mod:`gpuconv.engines.numba_loops` read it."""
+        numbers: list[Any] = [*self.steps, *self.places, *self.counts, self.rows_at_once]
+        for table in (self.depth_classes, self.row_classes, self.column_classes):
+            numbers += [table.ctypes.data, len(table)]
+        numbers += [self.combos.ctypes.data, self.chunks.ctypes.data, len(self.chunks)]
+        numbers += [self.segments.ctypes.data, *self.taps, *self.tap_steps]
+        numbers += [self.ranges_d.ctypes.data, self.ranges_h.ctypes.data]
+        numbers += [self.entries.ctypes.data, len(self.entries), self.sum_rows]
+        return np.array(numbers, np.int64)
 
 
 def _three(axes: tuple[Axis, ...]) -> tuple[Axis, ...]:
@@ -226,18 +239,19 @@ def _lines(
         np.array([0, 0, line * source, source]),
         np.array([0, 0, line * target, target]),
         np.array([1, 1, rows]),
-        np.array([(0, 1)]),
-        np.array(row_classes),
-        np.array(column_classes),
+        np.array([(0, 1)], np.int64),
+        np.array(row_classes, np.int64),
+        np.array(column_classes, np.int64),
         combos,
         np.array(chunks, np.int64),
         np.array(segments, np.int64),
         one,
         np.zeros(3, np.int64),
-        np.array([(0, 1)]),
-        np.array([(0, rows)]),
+        np.array([(0, 1)], np.int64),
+        np.array([(0, rows)], np.int64),
         np.array(
-            [(0, line, 0, 1, 0, full)] * (full > 0) + [(0, rest, 0, 1, full, rows)] * (full < rows)
+            [(0, line, 0, 1, 0, full)] * (full > 0) + [(0, rest, 0, 1, full, rows)] * (full < rows),
+            np.int64,
         ),
         max(1, PIXELS // line),
         max(1, SUM_PIXELS // line),

@@ -1,71 +1,105 @@
 """The loops around the tiles of :mod:`gpuconv.engines.numba_tile`, compiled by Numba.
 
-:func:`correlate` is the forward pass and, phase by phase, the input gradient;
-:func:`outer_sums` is the weight gradient. They take addresses, and distances in bytes, so that
-arrays whose channels are dense are used as they lie; :mod:`gpuconv.engines.numba_direct`
-prepares what they take. Nothing here holds the interpreter's lock.
+:func:`correlate` is the forward pass and, phase by phase, the input gradient; :func:`outer_sums`
+is the weight gradient, :func:`scatter` the input gradient of few channels. They are jobs of
+:mod:`gpuconv.engines.numba_team`: each takes the address of its numbers, in the order in which it
+reads them, and computes a share. They take addresses, and distances in bytes, so that arrays whose
+channels are dense are used as they lie; :mod:`gpuconv.engines.numba_direct` prepares what they take.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
+from numba import carray, cfunc, njit
+
+from gpuconv.engines import numba_memory, numba_pack
+from gpuconv.engines.numba_memory import numbers_at
+from gpuconv.engines.numba_pack import pack_double, pack_single
 from gpuconv.engines.numba_tile import ADD, BIAS, BYTES, MOST_ROWS, STAMP, ZERO, add_line, tile
+from gpuconv.engines.numba_transform import zero_bytes
 
-__all__ = ["Loops", "compiled", "swap"]
+__all__ = ["correlate", "outer_sums", "pack", "scatter", "swap"]
+
+_SIGNATURE = "void(int64, int64, int64, int64)"
+_OPTIONS: dict[str, Any] = {"cache": True, "boundscheck": False, "error_model": "numpy"}
+#: Numba keeps loops by their own file; this makes them stale when what they are made of changes.
+_STAMPS = f"_{STAMP}_{numba_memory.STAMP}_{numba_pack.STAMP}"
+_kept: list[Any] = []
 
 
-class Loops(NamedTuple):
-    """The compiled loops of a dtype."""
+def _job(function: Callable[..., None]) -> int:
+    """Return the address of a compiled job."""
+    function.__qualname__ += _STAMPS
+    made = cfunc(_SIGNATURE, **_OPTIONS)(function)
+    _kept.append(made)
+    return int(made.address)
 
-    correlate: Callable[..., None]
-    outer_sums: Callable[..., None]
-    scatter: Callable[..., None]
-    pack: Callable[..., None]
-    pack_transposed: Callable[..., None]
+
+# Numbers of several jobs:
+#   steps, places   bytes from one output to the next, over n, d, h, w
+#   counts          outputs over n, d, h
+#   columns         of every block of output channels: vectors, first vector, numbers in the last
+#                   vector
+#   group           bytes from one channel group to the next, in each of the arrays
 
 
 @cache
-def compiled(real: str) -> Loops:
-    """Return the loops for "float32" or "float64"; each is compiled when it is first called."""
-    from numba import njit
+def pack(real: str) -> int:
+    """Return the job that packs filters; a share is some blocks of output channels."""
+    single = real == "float32"
 
-    options: dict[str, Any] = {
-        "nogil": True,
-        "cache": True,
-        "boundscheck": False,
-        "error_model": "numpy",
-    }
-    size = 4 if real == "float32" else 8
-    width = BYTES // size
-    most = (*(int(n) for n in MOST_ROWS), STAMP)
+    def packed(at, share, count, worker):
+        blocks = carray(numbers_at(at), 9)[8]
+        first, last = blocks * share // count, blocks * (share + 1) // count
+        if single:
+            pack_single(at, first, last)
+        else:
+            pack_double(at, first, last)
+
+    return _job(packed)
+
+
+@cache
+def correlate(real: str) -> int:
+    """Return the job of the forward pass; a share is some rows, or some blocks of channels."""
+    single = real == "float32"
+    size = 4 if single else 8
+    most = tuple(int(n) for n in MOST_ROWS)
     first_step, add, bias_first, vector = ZERO, ADD, BIAS, BYTES
 
-    # Arguments of both loops.
-    #   steps, places   bytes from one output to the next, over n, d, h, w
-    #   counts          outputs over n, d, h
-    #   columns         of every block of output channels: vectors, first vector, numbers in the
-    #                   last vector
-    #   group           bytes from one channel group to the next, in each of the arrays
-    #   share           first and last row over (n, d, h), block and group; of the weight
-    #                   gradient also what of a row of taps and channels is this worker's
-
-    @njit(**options)
-    def correlate(
-        source, target, filters, bias, steps, places, counts, rows_at_once, depth_classes,
-        row_classes, column_classes, combos, chunks, segments, panel, columns, group, rectify,
-        share,
-    ):  # fmt: skip
+    def correlated(at_job, share, count, worker):
         # Classes are ranges of outputs that meet the same taps; combos[d, h, w] tells where in
         # ``chunks`` the steps of a combination begin and how many chunks there are; a chunk is a
         # range of ``segments``, as many as the filters of a block stay in the cache for.
-        step_n, step_d, step_h, step_w = steps
-        place_n, place_d, place_h, place_w = places
-        depths, heights = counts[1], counts[2]
-        row, last_row, first_block, last_block, first_group, last_group = share
-        table = segments.ctypes.data
+        job = carray(numbers_at(at_job), 17)
+        source, target, filters, bias = job[1], job[2], job[3], job[4]
+        at_columns, blocks, panel = job[5], job[6], job[7]
+        group = job[8:12]
+        rectify, groups, by_blocks, packing = job[12], job[13], job[14], job[15]
+        columns = carray(numbers_at(at_columns), (blocks, 3))
+        g = carray(numbers_at(job[0]), 33)
+        step_n, step_d, step_h, step_w = g[0], g[1], g[2], g[3]
+        place_n, place_d, place_h, place_w = g[4], g[5], g[6], g[7]
+        depths, heights, rows_at_once = g[9], g[10], g[11]
+        depth_classes = carray(numbers_at(g[12]), (g[13], 2))
+        row_classes = carray(numbers_at(g[14]), (g[15], 2))
+        column_classes = carray(numbers_at(g[16]), (g[17], 2))
+        combos = carray(numbers_at(g[18]), (g[13], g[15], g[17], 2))
+        chunks = carray(numbers_at(g[19]), (g[20], 2))
+        table = g[21]
+        row, last_row = 0, g[8] * depths * heights
+        first_block, last_block = 0, blocks
+        if by_blocks != 0:
+            first_block, last_block = blocks * share // count, blocks * (share + 1) // count
+            if single:
+                pack_single(packing, first_block, last_block)
+            else:
+                pack_double(packing, first_block, last_block)
+        else:
+            row, last_row = last_row * share // count, last_row * (share + 1) // count
         while row < last_row:
             n, rest = row // (depths * heights), row % (depths * heights)
             d, h = rest // heights, rest % heights
@@ -74,14 +108,14 @@ def compiled(real: str) -> Loops:
             k_d = 0
             while depth_classes[k_d, 1] <= d:
                 k_d += 1
-            for g in range(first_group, last_group):
-                at = source + n * step_n + d * step_d + g * group[0]
-                to = target + n * place_n + d * place_d + g * group[1]
+            for k_g in range(groups):
+                at = source + n * step_n + d * step_d + k_g * group[0]
+                to = target + n * place_n + d * place_d + k_g * group[1]
                 for block in range(first_block, last_block):
                     vectors, first_vector, valid = columns[block]
-                    b = filters + g * group[2] + first_vector * panel
+                    b = filters + k_g * group[2] + first_vector * panel
                     b_step = vectors * vector
-                    line = bias + g * group[3] + first_vector * vector
+                    line = bias + k_g * group[3] + first_vector * vector
                     chunk, left = 0, True
                     while left:
                         left = False
@@ -91,10 +125,10 @@ def compiled(real: str) -> Loops:
                             if h0 >= h1:
                                 continue
                             for k_w in range(len(column_classes)):
-                                first_chunk, count = combos[k_d, k_h, k_w]
-                                if chunk >= count:
+                                first_chunk, chunks_of = combos[k_d, k_h, k_w]
+                                if chunk >= chunks_of:
                                     continue
-                                last = chunk == count - 1
+                                last = chunk == chunks_of - 1
                                 left = left or not last
                                 w0, w1 = column_classes[k_w]
                                 first, number = chunks[first_chunk + chunk]
@@ -120,44 +154,60 @@ def compiled(real: str) -> Loops:
                                         c = to + o * out_c + i * in_c + first_vector * vector
                                         m = end - i
                                         i = end
-                                        if vectors == 4:
-                                            tile(real, "step", 4, m, a, in_a, size, b, b_step,
-                                                 b_step, steps_at, number, c, in_c, begin, line,
-                                                 rectified, valid)  # fmt: skip
-                                        elif vectors == 3:
-                                            tile(real, "step", 3, m, a, in_a, size, b, b_step,
-                                                 b_step, steps_at, number, c, in_c, begin, line,
-                                                 rectified, valid)  # fmt: skip
-                                        elif vectors == 2:
-                                            tile(real, "step", 2, m, a, in_a, size, b, b_step,
-                                                 b_step, steps_at, number, c, in_c, begin, line,
-                                                 rectified, valid)  # fmt: skip
-                                        else:
-                                            tile(real, "step", 1, m, a, in_a, size, b, b_step,
-                                                 b_step, steps_at, number, c, in_c, begin, line,
-                                                 rectified, valid)  # fmt: skip
+                                        tile(
+                                            real, "step", vectors, m, a, in_a, size, b, b_step,
+                                            b_step, steps_at, number, c, in_c, begin, line,
+                                            rectified, valid,
+                                        )  # fmt: skip
                         chunk += 1
 
-    @njit(**options)
-    def outer_sums(
-        source, gradient, sums, steps, places, counts, taps, tap_steps, ranges_d, ranges_h,
-        entries, channels, rows_at_once, columns, out_row, group, segments, share,
-    ):  # fmt: skip
+    return _job(correlated)
+
+
+@cache
+def outer_sums(real: str) -> int:
+    """Return the job of the weight gradient; a share is some of the weights."""
+    size = 4 if real == "float32" else 8
+    most = tuple(int(n) for n in MOST_ROWS)
+    add, vector = ADD, BYTES
+
+    def summed(at_job, share, shares, worker):
         # Adds to sums[tap, channel] the products over all outputs, a block of rows at a time.
         # ranges_d, ranges_h: the outputs that meet a tap inside the image; entries: first and
         # last column, first and last column tap (they lie side by side as their channels do),
-        # first and last row.
-        step_n, step_d, step_h, step_w = steps
-        place_n, place_d, place_h, place_w = places
-        depths, heights = counts[1], counts[2]
-        first_row, last_row, first_block, last_block, first_group, last_group = share[:6]
-        first_line, last_line = share[6:]
-        table = segments.ctypes.data
+        # first and last row. Shares are blocks of output channels, rows of taps, or parts of a
+        # row's taps and channels: so many of each.
+        job = carray(numbers_at(at_job), 17)
+        source, gradient, sums = job[1], job[2], job[3]
+        channels, out_row, groups = job[6], job[7], job[11]
+        columns = carray(numbers_at(job[4]), (job[5], 3))
+        group = job[8:11]
+        block_shares, tap_shares, line_shares = job[12], job[13], job[14]
+        segments_at = job[15] + worker * job[16]
+        g = carray(numbers_at(job[0]), 33)
+        step_n, step_d, step_h, step_w = g[0], g[1], g[2], g[3]
+        place_n, place_d, place_h, place_w = g[4], g[5], g[6], g[7]
+        depths, heights = g[9], g[10]
+        taps, tap_steps, rows_at_once = g[22:25], g[25:28], g[32]
+        ranges_d = carray(numbers_at(g[28]), (taps[0], 2))
+        ranges_h = carray(numbers_at(g[29]), (taps[1], 2))
+        entries = carray(numbers_at(g[30]), (g[31], 6))
+        segments = carray(numbers_at(segments_at), (rows_at_once, 3))
+        table = segments_at
+        first_row, last_row = 0, g[8] * depths * heights
+        of_block, of_rest = share % block_shares, share // block_shares
+        of_tap, of_line = of_rest % tap_shares, of_rest // tap_shares
+        first_block = job[5] * of_block // block_shares
+        last_block = job[5] * (of_block + 1) // block_shares
+        first_tap, last_tap = taps[1] * of_tap // tap_shares, taps[1] * (of_tap + 1) // tap_shares
+        line_steps = taps[2] * channels
+        first_line = line_steps * of_line // line_shares
+        last_line = line_steps * (of_line + 1) // line_shares
         for block_row in range(first_row, last_row, rows_at_once):
             stop = min(block_row + rows_at_once, last_row)
-            for g in range(first_group, last_group):
+            for k_g in range(groups):
                 for o in range(taps[0]):
-                    for p in range(taps[1]):
+                    for p in range(first_tap, last_tap):
                         for e in range(len(entries)):
                             w0, w1, q0, q1, h0, h1 = entries[e]
                             h0, h1 = max(h0, ranges_h[p, 0]), min(h1, ranges_h[p, 1])
@@ -187,9 +237,9 @@ def compiled(real: str) -> Loops:
                             line = (o * taps[1] + p) * taps[2] * channels + low
                             for block in range(first_block, last_block):
                                 vectors, first_vector, valid = columns[block]
-                                b = gradient + g * group[1] + first_vector * vector
-                                to = sums + g * group[2] + line * out_row + first_vector * vector
-                                at = source + g * group[0] + (low - q0 * channels) * size
+                                b = gradient + k_g * group[1] + first_vector * vector
+                                to = sums + k_g * group[2] + line * out_row + first_vector * vector
+                                at = source + k_g * group[0] + (low - q0 * channels) * size
                                 pieces = (high - low + most[vectors] - 1) // most[vectors]
                                 i = 0
                                 for piece in range(pieces):
@@ -198,32 +248,39 @@ def compiled(real: str) -> Loops:
                                     c = to + i * out_row
                                     m = end - i
                                     i = end
-                                    if vectors == 4:
-                                        tile(real, "row", 4, m, a, size, step_w, b, place_w, 1,
-                                             table, count, c, out_row, add, 0, 0, valid)  # fmt: skip
-                                    elif vectors == 3:
-                                        tile(real, "row", 3, m, a, size, step_w, b, place_w, 1,
-                                             table, count, c, out_row, add, 0, 0, valid)  # fmt: skip
-                                    elif vectors == 2:
-                                        tile(real, "row", 2, m, a, size, step_w, b, place_w, 1,
-                                             table, count, c, out_row, add, 0, 0, valid)  # fmt: skip
-                                    else:
-                                        tile(real, "row", 1, m, a, size, step_w, b, place_w, 1,
-                                             table, count, c, out_row, add, 0, 0, valid)  # fmt: skip
+                                    tile(
+                                        real, "row", vectors, m, a, size, step_w, b, place_w, 1,
+                                        table, count, c, out_row, add, 0, 0, valid,
+                                    )  # fmt: skip
 
-    @njit(**options)
-    def scatter(
-        gradient, places, counts, filters, target, steps, sizes, taps, geometry, channels, columns,
-        product, segment, share,
-    ):  # fmt: skip
-        # For few input channels: all taps of a row of pixels in one product, whose parts are then
-        # added to the rows of dx that they reach. Each worker has rows of its own.
-        place_n, place_h, place_w = places
-        step_n, step_h, step_w = steps
-        height, breadth = sizes
-        stride_h, stride_w, dilation_h, top, left = geometry
-        first_row, last_row = share
-        run = segment.ctypes.data
+    return _job(summed)
+
+
+@cache
+def scatter(real: str) -> int:
+    """Return the job of the input gradient of few channels; a share is some rows of ``dx``."""
+    single = real == "float32"
+    size = 4 if single else 8
+    width = BYTES // size
+    most = tuple(int(n) for n in MOST_ROWS)
+    first_step, vector = ZERO, BYTES
+
+    def scattered(at_job, share, count, worker):
+        # All taps of a row of pixels in one product, whose parts are then added to the rows of
+        # dx that they reach.
+        job = carray(numbers_at(at_job), 27)
+        gradient, filters, target = job[0], job[1], job[2]
+        place_n, place_h, place_w = job[3], job[4], job[5]
+        step_n, step_h, step_w = job[6], job[7], job[8]
+        counts, taps = job[9:11], job[11:13]
+        height, breadth = job[13], job[14]
+        stride_h, stride_w, dilation_h, top, left = job[15], job[16], job[17], job[18], job[19]
+        channels, rows = job[20], job[21]
+        columns = carray(numbers_at(job[22]), (job[23], 3))
+        product = job[24] + worker * job[25]
+        segment = carray(numbers_at(job[26]), (1, 3))
+        run = job[26]
+        first_row, last_row = rows * share // count, rows * (share + 1) // count
         row_out = (columns[-1, 0] + columns[-1, 1]) * vector
         depth = segment[0, 2]
         line = taps[1] * channels
@@ -232,6 +289,8 @@ def compiled(real: str) -> Loops:
             n, h0 = row // height, row % height
             h1 = min(height, h0 + last_row - row)
             row += h1 - h0
+            for h in range(h0, h1):
+                zero_bytes(target + n * step_n + h * step_h, breadth * channels * size)
             i0 = max(0, -((-(h0 + top - (taps[0] - 1) * dilation_h)) // stride_h))
             i1 = min(counts[0], (h1 - 1 + top) // stride_h + 1)
             for i in range(i0, i1):
@@ -247,18 +306,10 @@ def compiled(real: str) -> Loops:
                         c = product + j * row_out + first_vector * vector
                         m = end - j
                         j = end
-                        if vectors == 4:
-                            tile(real, "step", 4, m, a, place_w, size, b, 4 * vector, 1, run, 1,
-                                 c, row_out, first_step, 0, 0, width)  # fmt: skip
-                        elif vectors == 3:
-                            tile(real, "step", 3, m, a, place_w, size, b, 3 * vector, 1, run, 1,
-                                 c, row_out, first_step, 0, 0, width)  # fmt: skip
-                        elif vectors == 2:
-                            tile(real, "step", 2, m, a, place_w, size, b, 2 * vector, 1, run, 1,
-                                 c, row_out, first_step, 0, 0, width)  # fmt: skip
-                        else:
-                            tile(real, "step", 1, m, a, place_w, size, b, vector, 1, run, 1,
-                                 c, row_out, first_step, 0, 0, width)  # fmt: skip
+                        tile(
+                            real, "step", vectors, m, a, place_w, size, b, vectors * vector, 1,
+                            run, 1, c, row_out, first_step, 0, 0, width,
+                        )  # fmt: skip
                 for p in range(taps[0]):
                     h = i * stride_h + p * dilation_h - top
                     if h < h0 or h >= h1:
@@ -274,48 +325,12 @@ def compiled(real: str) -> Loops:
                                 (q1 - q0) * channels,
                             )  # fmt: skip
 
-    @njit(**options)
-    def pack(w, columns, packed, first_block, last_block):
-        # w: (groups, steps, channels); packed: (groups, vectors * steps, numbers of a vector).
-        groups, depth, channels = w.shape
-        for g in range(groups):
-            for block in range(first_block, last_block):
-                vectors, first_vector, _ = columns[block]
-                at = first_vector * depth
-                first = first_vector * width
-                for k in range(depth):
-                    for v in range(vectors):
-                        for j in range(width):
-                            c = first + v * width + j
-                            packed[g, at, j] = w[g, k, c] if c < channels else 0
-                        at += 1
-
-    @njit(**options)
-    def pack_transposed(w, columns, packed, first_block, last_block):
-        # w: (groups, taps, channels, steps of a tap), to the same form as above.
-        groups, taps, channels, depth = w.shape
-        for g in range(groups):
-            for block in range(first_block, last_block):
-                vectors, first_vector, _ = columns[block]
-                at = first_vector * depth * taps
-                first = first_vector * width
-                for t in range(taps):
-                    for k0 in range(0, depth, width):
-                        for v in range(vectors):
-                            for j in range(width):
-                                c = first + v * width + j
-                                for k in range(k0, min(k0 + width, depth)):
-                                    place = at + (t * depth + k) * vectors + v
-                                    packed[g, place, j] = w[g, t, c, k] if c < channels else 0
-
-    return Loops(correlate, outer_sums, scatter, pack, pack_transposed)
+    return _job(scattered)
 
 
 @cache
 def swap() -> Callable[..., None]:
     """Return what writes ``(taps, in, out)`` into ``(taps, out, in)``, a square at a time."""
-    from numba import njit
-
     side = 16
 
     @njit(nogil=True, cache=True, boundscheck=False)

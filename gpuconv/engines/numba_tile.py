@@ -249,12 +249,12 @@ def tile(
     """Compute a tile: ``c[i] = begin + sum over steps of a[i, step] * b[step]``.
 
     Addresses are integers, distances are bytes. ``real`` ("float32", "float64"), ``unit``
-    ("step": steps of ``a`` lie side by side; "row": rows do) and ``vectors`` are literals.
+    ("step": steps of ``a`` lie side by side; "row": rows do) are literals.
 
     Parameters
     ----------
-    rows : int
-        Up to ``MOST_ROWS[vectors]``.
+    vectors, rows : int
+        The tile's size: 1 to 4, and up to ``MOST_ROWS[vectors]``.
     a, a_row, a_step : int
         The first number, and from one row and one step to the next.
     b, b_step : int
@@ -272,27 +272,23 @@ def tile(
     valid : int
         How many numbers of the last vector there are.
     """
-    if not all(isinstance(t, types.Literal) for t in (real, unit, vectors)):
+    if not all(isinstance(t, types.Literal) for t in (real, unit)):
         return None
-    literal = [t.literal_value for t in (real, unit, vectors)]
-    most = int(MOST_ROWS[literal[2]])
-    signature = types.void(real, unit, vectors, rows, *[types.int64] * len(_ARGUMENTS))
+    kind, direction = real.literal_value, unit.literal_value
+    signature = types.void(real, unit, *[types.int64] * (2 + len(_ARGUMENTS)))
 
     def codegen(context, builder, signature, args):
-        kind, direction, width = literal
-        count, rest = args[3], args[4:]
+        width, count, rest = args[2], args[3], args[4:]
         done = builder.append_basic_block("tile_done")
-        never = builder.append_basic_block("tile_never")
-        number = builder.sext(count, _i64) if count.type.width < 64 else count
-        switch = builder.switch(number, never)
-        for size in range(1, most + 1):
-            block = builder.append_basic_block(f"tile_{size}")
-            switch.add_case(ir.Constant(_i64, size), block)
-            builder.position_at_end(block)
-            builder.call(_function(builder.module, size, width, kind, direction), rest)
-            builder.branch(done)
-        builder.position_at_end(never)
-        builder.branch(done)
+        number = builder.add(builder.shl(width, ir.Constant(_i64, 4)), count)
+        switch = builder.switch(number, done)
+        for vectors in range(1, len(MOST_ROWS)):
+            for rows in range(1, int(MOST_ROWS[vectors]) + 1):
+                block = builder.append_basic_block(f"tile_{rows}x{vectors}")
+                switch.add_case(ir.Constant(_i64, 16 * vectors + rows), block)
+                builder.position_at_end(block)
+                builder.call(_function(builder.module, rows, vectors, kind, direction), rest)
+                builder.branch(done)
         builder.position_at_end(done)
         return context.get_dummy_value()
 

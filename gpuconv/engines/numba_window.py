@@ -26,13 +26,12 @@ from llvmlite import binding, ir
 from numba import types
 from numba.extending import intrinsic, register_jitable
 
-from gpuconv.engines.window_tables import APART, DENSE, EDGE, NARROW, WIDE
+from gpuconv.engines.window_tables import APART, DENSE, EDGE, NARROW, STRIDED, WIDE
 
 __all__ = [
     "BYTES",
     "LANES",
     "SPREAD",
-    "add",
     "correlation",
     "line",
     "number_of",
@@ -243,8 +242,17 @@ def _window(
             write.advance(row_x, arg["p_step"])
             write.advance(row_w, arg["w_p"])
         if columns == WIDE:
-            last = write.moved(b.load(row_x), b.neg(arg["p_step"]))
+            back = b.neg(arg["p_step"])
+            last = write.moved(b.load(row_x), back)
             write.fetch(write.moved(last, arg["x_step"], columns), arg["x_step"], columns)
+            if way == STRIDED:  # of the row before as well, and the columns in between
+                for place in (
+                    write.moved(last, arg["q_step"]),
+                    write.moved(last, back),
+                    write.moved(write.moved(last, back), arg["q_step"]),
+                ):
+                    at = write.moved(place, arg["x_step"], columns)
+                    write.fetch(at, arg["x_step"], columns)
         _finish(write, sums, b.load(begin["y"]))
         for place in begin.values():
             write.advance(place, ir.Constant(_i64, vectors * BYTES))
@@ -265,7 +273,7 @@ def _meet(
             for q in range(taps)
         ]
         place = x
-        if way:
+        if way in (DENSE, EDGE):
             for step in range(columns - 1 + taps):
                 cell = place
                 if way == EDGE:
@@ -424,6 +432,7 @@ def _windows(module: ir.Module, real: Any, group: int) -> dict[int, ir.Function]
         for masked in (0, 1):
             key = number_of(columns, 1, APART, masked)
             made[key] = _window(module, real, group, bool(masked), columns, 1, APART)
+    made[number_of(WIDE, 1, STRIDED, 0)] = _window(module, real, group, False, WIDE, 1, STRIDED)
     if group * real.bitwidth <= 8 * BYTES:
         made[number_of(0, 1, APART, 0)] = _window(module, real, group, False, 1, 1, APART, SPREAD)
     return made
@@ -478,14 +487,3 @@ def _intrinsic(arguments: str, variants: Callable[..., dict[int, Any]]) -> Any:
 window = _intrinsic(_WINDOW, _windows)
 correlation = _intrinsic(_CORRELATION, _correlations)
 line = _intrinsic(_LINE, _lines)
-
-
-@intrinsic
-def add(typing_context, address, number):
-    """Add to a number in memory that threads share, and return what it was."""
-
-    def codegen(context, builder, signature, args):
-        place = builder.inttoptr(args[0], _i64.as_pointer())
-        return builder.atomic_rmw("add", place, args[1], "seq_cst")
-
-    return types.int64(types.int64, types.int64), codegen

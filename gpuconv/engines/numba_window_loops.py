@@ -8,17 +8,19 @@ Tables say which taps an output meets, so that no loop tests for the padding
 from __future__ import annotations
 
 import hashlib
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from numba import njit
+import numpy as np
+from numba import carray, cfunc, njit
 
 from gpuconv.engines import numba_window
+from gpuconv.engines.numba_memory import numbers_at
 from gpuconv.engines.numba_window import (
     BYTES,
     LANES,
     SPREAD,
-    add,
     correlation,
     line,
     number_of,
@@ -26,28 +28,39 @@ from gpuconv.engines.numba_window import (
     taps_at_once,
     window,
 )
-from gpuconv.engines.window_tables import APART, DENSE, EDGE, NARROW, WIDE
+from gpuconv.engines.window_tables import APART, DENSE, EDGE, NARROW, STRIDED, WIDE
 
 __all__ = ["LANES", "backward", "forward", "sums_at_once", "taps_at_once"]
 
 
+_OPTIONS: dict[str, Any] = {"boundscheck": False}
+_kept: list[Any] = []
+
+
+def _named(function: Any) -> Any:
+    """Let a function be compiled anew when its vectors change: Numba looks at this file only."""
+    source = Path(numba_window.__file__).read_bytes()
+    function.__qualname__ += "_" + hashlib.sha256(source).hexdigest()[:12]
+    return function
+
+
 def _compiled(function: Any) -> Any:
     """Return a function compiled when first called, kept on disk where there is a place for it."""
-    options = {"nogil": True, "boundscheck": False}
     try:
-        # Numba looks at this file for changes; its vectors' come in by the name.
-        source = Path(numba_window.__file__).read_bytes()
-        function.__qualname__ += "_" + hashlib.sha256(source).hexdigest()[:12]
-        return njit(cache=True, **options)(function)
+        return njit(cache=True, nogil=True, **_OPTIONS)(_named(function))
     except (OSError, RuntimeError):  # nowhere to keep it
-        return njit(**options)(function)
+        return njit(nogil=True, **_OPTIONS)(function)
 
 
-@_compiled
-def _finished(counters, count, spins):
-    """Wait a while for the shares that other threads have taken: a sleep would take longer."""
-    while spins > 0 and add(counters + 8, 0) < count:
-        spins -= 1
+def _job(function: Any) -> int:
+    """Return the address of a compiled job."""
+    signature = "void(int64, int64, int64, int64)"
+    try:
+        made = cfunc(signature, cache=True, **_OPTIONS)(_named(function))
+    except (OSError, RuntimeError):  # nowhere to keep it
+        made = cfunc(signature, **_OPTIONS)(function)
+    _kept.append(made)
+    return int(made.address)
 
 
 @_compiled
@@ -78,7 +91,7 @@ def _rows(kind, size, channels, x, w, y, bias, slope, zeros, steps, rows, column
                 elif left >= WIDE or (count >= WIDE and left > NARROW):
                     strip, tap, how = WIDE, taps, way
                 else:
-                    strip, tap, how = NARROW, taps, way
+                    strip, tap, how = NARROW, taps, APART if way == STRIDED else way
                 j = min(j, count - strip)
                 skip = -(columns[k, 0] + j)
                 stop = cells + skip
@@ -109,62 +122,58 @@ def _rows(kind, size, channels, x, w, y, bias, slope, zeros, steps, rows, column
                 j += strip
 
 
-@_compiled
-def forward(
-    kind, size, channels, x, w, y, bias, slope, zeros, steps, rows, columns, first, last, count,
-    counters, spins,
-):  # fmt: skip
-    """Compute outputs ``first`` to ``last``, counted over the rows of all images.
+@cache
+def forward(real: str, group: int) -> int:
+    """Return the job that computes outputs, counted over the rows of all images.
 
-    Several threads may do so together: each takes the next share, and which takes which makes no
-    difference to the result.
+    Its numbers, in this order; arrays are given as address, bytes from image to image, row to row,
+    column to column:
 
-    Parameters
-    ----------
-    kind : tuple
-        As many zeros of the arrays' dtype as a group has channels.
-    size, channels : int
+    size, channels
         Bytes of a number; channels.
-    x, y : tuple of int
-        Address; bytes from image to image, row to row, column to column.
-    w : tuple of int
-        Address; bytes from tap to tap along rows and columns, and from channel to channel of
-        a group.
-    bias, slope, zeros : int
+    first, last
+        Rows of outputs, of all images.
+    x, y
+        Arrays.
+    w
+        Address; bytes from tap to tap along rows and columns, and from channel to channel of a
+        group.
+    bias, slope, zeros
         Addresses: a number for each channel; what negative results are multiplied with; as many
         zeros as two vectors or a group hold.
-    steps : tuple of int
+    steps
         Rows and columns of ``x`` from tap to tap; columns of ``x`` and of ``y`` from output to
         output; taps of ``w`` from tap to tap, along rows and columns; the columns that ``x`` has.
-    rows : ndarray
-        For each row of outputs: first row of ``x``, first tap, number of taps, row of ``y``.
-    columns : ndarray
+    rows, their number
+        Address of a table. For each row of outputs: first row of ``x``, first tap, number of taps,
+        row of ``y``.
+    columns, their number
         For each run of columns the same, and the taps to take at a time, how inputs lie (APART,
-        DENSE, EDGE), the number of outputs.
-    count, counters : int
-        Number of shares; address of two zeros, which count the shares taken and done.
-    spins : int
-        How often to look whether the others have done theirs.
+        DENSE, EDGE, STRIDED), the number of outputs.
     """
-    images = len(rows)
-    x_start, x_image, x_row, x_column = x
-    y_start, y_image, y_row, y_column = y
-    share = add(counters, 1)
-    while share < count:
+    kind = (np.dtype(real).type(0),) * group
+
+    def forwarded(at, share, count, worker):
+        job = carray(numbers_at(at), 30)
+        size, channels, first, last = job[0], job[1], job[2], job[3]
+        rows = carray(numbers_at(job[26]), (job[27], 4))
+        columns = carray(numbers_at(job[28]), (job[29], 7))
+        steps = (job[19], job[20], job[21], job[22], job[23], job[24], job[25])
+        w = (job[12], job[13], job[14], job[15])
+        images = len(rows)
         done = first + (last - first) * share // count
         stop = first + (last - first) * (share + 1) // count
         while done < stop:
             n, i = done // images, done % images
             end = min(images, i + stop - done)
             _rows(
-                kind, size, channels, (x_start + n * x_image, x_row, x_column), w,
-                (y_start + n * y_image, y_row, y_column), bias, slope, zeros, steps, rows,
+                kind, size, channels, (job[4] + n * job[5], job[6], job[7]), w,
+                (job[8] + n * job[9], job[10], job[11]), job[16], job[17], job[18], steps, rows,
                 columns, i, end,
             )  # fmt: skip
             done += end - i
-        add(counters + 8, 1)
-        share = add(counters, 1)
-    _finished(counters, count, spins)
+
+    return _job(forwarded)
 
 
 @_compiled
@@ -221,63 +230,67 @@ def _sums(kind, size, channels, x, dz, dw, steps, rows, columns, first, last):
                     ))  # fmt: skip
 
 
-@_compiled
-def backward(
-    kind, size, channels, dy, y, x, w, dx, dz, dw, db, nothing, repeats, numbers, behind, needs,
-    out_columns, part, steps, rows, columns, sum_steps, sum_rows, sum_columns, blocks, first, last,
-    count, counters, spins,
-):  # fmt: skip
-    """Compute the gradients of blocks ``first`` to ``last``, counted over all images.
+@cache
+def backward(real: str, group: int) -> int:
+    """Return the job that computes the gradients of blocks, counted over all images.
 
-    Several threads may do so together, as in ``forward``; every share has sums of its own.
+    Every share has sums of its own. Its numbers, in this order:
 
-    Parameters
-    ----------
-    kind, size, channels, count, counters, spins
-        As for ``forward``.
-    dy, y, x, dx : tuple of int
-        Address; bytes from image to image, row to row, column to column.
-    w, dw : tuple of int
-        As for ``forward``; the weights with the channels of their groups exchanged, and the sums,
-        with the bytes from share to share after the address.
-    dz : tuple of int
-        Of the buffer of a block: address of its first row's first column that is no padding,
-        bytes from row to row and column to column.
-    db : tuple of int
-        Address of a line of ``repeats`` times the channels that gets the sums of ``dz``, and the
-        bytes from share to share.
-    nothing : int
-        Address of a line for sums that nobody needs.
-    numbers : tuple of int
+    size, channels, first, last
+        As for :func:`forward`, of blocks.
+    dy, y, x, dx
+        Arrays.
+    w
+        As for :func:`forward`, with the channels of its groups exchanged.
+    dz
+        The buffer of a block: address of its first row's first column that is no padding, bytes
+        from row to row, column to column and worker to worker.
+    dw
+        The sums: address, bytes from share to share, and as for ``w``.
+    db
+        Address of a line of ``repeats`` times the channels that gets the sums of ``dz``, and bytes
+        from share to share.
+    nothing
+        The same for sums that nobody needs, with bytes from worker to worker.
+    zeros, one, slope
         Addresses: a zero for each channel; the number 1; what the gradient is multiplied with
         where ``y`` is not above 0.
-    behind : int
-        Whether ``dy`` is the gradient behind an activation.
-    needs : tuple of int
-        Whether ``dx`` and ``dw`` are wanted.
-    out_columns, part : int
-        Columns of ``dz``; the rows of it that stay in the first-level cache.
-    steps, rows, columns
-        As for ``forward``: how ``dx`` gathers from ``dz``.
-    sum_steps : tuple of int
+    repeats, behind, need_x, need_w, out_columns, part
+        Whether ``dy`` is the gradient behind an activation; whether ``dx`` and ``dw`` are wanted;
+        columns of ``dz``; the rows of it that stay in the first-level cache.
+    steps
+        As for :func:`forward`: how ``dx`` gathers from ``dz``.
+    sum_steps
         Rows and columns of ``x`` from place to place; taps of ``dw`` from tap to tap.
-    sum_rows : ndarray
-        For each tap along the rows: first row of ``x``, what to add to its number for that of
-        ``dz``, the number of rows, the tap of ``dw``.
-    sum_columns : ndarray
-        For each run of taps along the columns: first column of ``x``, what to add for that of
-        ``dz``, first and last place, first tap of ``dw``, taps.
-    blocks : ndarray
-        For each block of an image: rows of ``dz``, rows of ``dx``, rows of ``dz`` that they need.
+    rows, columns, sum_rows, sum_columns, blocks
+        Address and number of lines of each table. The first two as for :func:`forward`. For each
+        tap along the rows: first row of ``x``, what to add to its number for that of ``dz``, the
+        number of rows, the tap of ``dw``. For each run of taps along the columns: first column of
+        ``x``, what to add for that of ``dz``, first and last place, first tap of ``dw``, taps. For
+        each block of an image: rows of ``dz``, rows of ``dx``, rows of ``dz`` that they need.
     """
-    dz_start, dz_row, dz_column = dz
-    zeros, one, slope = numbers
-    share = add(counters, 1)
-    while share < count:
+    kind = (np.dtype(real).type(0),) * group
+
+    def gone_back(at, share, count, worker):
+        job = carray(numbers_at(at), 66)
+        size, channels, first, last = job[0], job[1], job[2], job[3]
+        dy, y, x, dx, w, dw = job[4:8], job[8:12], job[12:16], job[16:20], job[20:24], job[28:33]
+        dz_start, dz_row, dz_column = job[24] + worker * job[27], job[25], job[26]
+        sum_b, nothing = job[33] + share * job[34], job[35] + worker * job[36]
+        zeros, one, slope = job[37], job[38], job[39]
+        repeats, behind, need_x, need_w = job[40], job[41], job[42], job[43]
+        out_columns, part = job[44], job[45]
+        steps = (job[46], job[47], job[48], job[49], job[50], job[51], job[52])
+        sum_steps = (job[53], job[54], job[55])
+        rows = carray(numbers_at(job[56]), (job[57], 4))
+        columns = carray(numbers_at(job[58]), (job[59], 7))
+        sum_rows = carray(numbers_at(job[60]), (job[61], 4))
+        sum_columns = carray(numbers_at(job[62]), (job[63], 6))
+        blocks = carray(numbers_at(job[64]), (job[65], 6))
+        sum_w = (dw[0] + share * dw[1], dw[2], dw[3], dw[4])
+        weights = (w[0], w[1], w[2], w[3])
         begin_block = first + (last - first) * share // count
         end_block = first + (last - first) * (share + 1) // count
-        sum_b = db[0] + share * db[1]
-        sum_w = (dw[0] + share * dw[1], dw[2], dw[3], dw[4])
         for block in range(begin_block, end_block):
             n, k = block // len(blocks), block % len(blocks)
             i0, i1, r0, r1 = blocks[k, 0], blocks[k, 1], blocks[k, 2], blocks[k, 3]
@@ -290,19 +303,18 @@ def backward(
                     kind, size, channels, dy_place, y_place, dz_place, sums, repeats, slope, behind,
                     out_columns, begin, end,
                 )  # fmt: skip
-            if needs[0]:
+            if need_x:
                 dx_place = (dx[0] + n * dx[1], dx[2], dx[3])
                 _rows(
-                    kind, size, channels, dz_place, w, dx_place, zeros, one, zeros, steps, rows,
-                    columns, r0, r1,
+                    kind, size, channels, dz_place, weights, dx_place, zeros, one, zeros, steps,
+                    rows, columns, r0, r1,
                 )  # fmt: skip
-            if needs[1]:
+            if need_w:
                 x_place = (x[0] + n * x[1], x[2], x[3])
                 for i in range(i0, i1, part):
                     _sums(
                         kind, size, channels, x_place, dz_place, sum_w, sum_steps, sum_rows,
                         sum_columns, i, min(i1, i + part),
                     )  # fmt: skip
-        add(counters + 8, 1)
-        share = add(counters, 1)
-    _finished(counters, count, spins)
+
+    return _job(gone_back)

@@ -137,18 +137,10 @@ def compiled(real: str, rows: tuple[int, int], columns: tuple[int, int]) -> Loop
                         c = to + i * row_out
                         m = end - i
                         i = end
-                        if vectors == 4:
-                            tile(real, "step", 4, m, a, row_in, size, b, 4 * vector, 1, run, 1,
-                                 c, row_out, begin, 0, 0, width)  # fmt: skip
-                        elif vectors == 3:
-                            tile(real, "step", 3, m, a, row_in, size, b, 3 * vector, 1, run, 1,
-                                 c, row_out, begin, 0, 0, width)  # fmt: skip
-                        elif vectors == 2:
-                            tile(real, "step", 2, m, a, row_in, size, b, 2 * vector, 1, run, 1,
-                                 c, row_out, begin, 0, 0, width)  # fmt: skip
-                        else:
-                            tile(real, "step", 1, m, a, row_in, size, b, vector, 1, run, 1,
-                                 c, row_out, begin, 0, 0, width)  # fmt: skip
+                        tile(
+                            real, "step", vectors, m, a, row_in, size, b, vectors * vector, 1, run,
+                            1, c, row_out, begin, 0, 0, width,
+                        )  # fmt: skip
             for t in range(some):
                 n, rest = (
                     (block_tile + t) // (tile_rows * tile_columns),
@@ -252,18 +244,10 @@ def compiled(real: str, rows: tuple[int, int], columns: tuple[int, int]) -> Loop
                         c = to + i * row_sum
                         m = end - i
                         i = end
-                        if vectors == 4:
-                            tile(real, "row", 4, m, a, size, row_in, b, row_out, 1, run, 1,
-                                 c, row_sum, add, 0, 0, width)  # fmt: skip
-                        elif vectors == 3:
-                            tile(real, "row", 3, m, a, size, row_in, b, row_out, 1, run, 1,
-                                 c, row_sum, add, 0, 0, width)  # fmt: skip
-                        elif vectors == 2:
-                            tile(real, "row", 2, m, a, size, row_in, b, row_out, 1, run, 1,
-                                 c, row_sum, add, 0, 0, width)  # fmt: skip
-                        else:
-                            tile(real, "row", 1, m, a, size, row_in, b, row_out, 1, run, 1,
-                                 c, row_sum, add, 0, 0, width)  # fmt: skip
+                        tile(
+                            real, "row", vectors, m, a, size, row_in, b, row_out, 1, run, 1, c,
+                            row_sum, add, 0, 0, width,
+                        )  # fmt: skip
 
     @njit(**options)
     def filter_grad(sums, stride, columns, dw, tap_row, tap_column, channel, first, last):

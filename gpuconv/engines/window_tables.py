@@ -21,8 +21,9 @@ __all__ = ["Gather", "Sums", "blocks_of", "forward_gather", "input_gather", "pla
 Array = np.ndarray[Any, Any]
 
 #: How the inputs of a strip lie: each output has its own; a step from tap to tap is one from output
-#: to output, so that most are shared; the same, and some lie outside, where there are zeros.
-APART, DENSE, EDGE = 0, 1, 2
+#: to output, so that most are shared; the same, and some lie outside, where there are zeros; outputs
+#: are a stride apart, so that the next strip reads several new rows and columns for each of them.
+APART, DENSE, EDGE, STRIDED = 0, 1, 2, 3
 #: Outputs of a strip.
 WIDE, NARROW = 8, 4
 
@@ -128,6 +129,8 @@ def forward_gather(problem: ConvProblem, take: tuple[int, ...]) -> Gather:
         runs = [(*run[:5], EDGE, run[6]) for run in runs]
     if edges and columns.count < NARROW:
         runs = _runs(columns, take, padded=False)
+    if columns.stride > columns.dilation and len(take) > 1:
+        runs = [(*run[:5], STRIDED, run[6]) for run in runs]
     return Gather(steps, _table(list(_lines(rows)), 4), _table(runs, 7))
 
 
