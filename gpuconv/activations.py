@@ -146,7 +146,7 @@ class ReLU(Activation):
                 at_least_zero(np, z.reshape(-1), out.reshape(-1))
                 return out
         if type(z) is np.ndarray:
-            return np.maximum(z, 0, out=out)  # type: ignore[no-any-return]
+            return np.maximum(z, 0, out=out)
         return namespace(z).maximum(z, 0, out=out)
 
     def _value(self, xp: Any, out: Array, new: New, z: Array) -> None:

@@ -85,7 +85,7 @@ def team_size(flops: float) -> int:
 class _Buffers(Scratch):
     """Buffers that are kept up to a size at which making them anew costs no more than their use."""
 
-    KEEP = 64 * 2**20
+    KEEP = 96 * 2**20
 
 
 buffers = _Buffers()

@@ -84,8 +84,9 @@ class NumbaDirect(Engine):
         if problem.groups > 1:  # short runs: a tap's channels are all that lies side by side
             seconds *= 1.5
         moved = sum(map(math.prod, (problem.x_shape, problem.y_shape))) * size
-        weights = 6 * math.prod(problem.w_shape) * size
-        return 3e-5 + (seconds + weights / rate.copy) / workers + moved / (1.5 * rate.copy)
+        # Filters are packed; sums of the weight gradient go through the caches several times.
+        weights = (6 if pass_ == "weight_grad" else 2.5) * math.prod(problem.w_shape) * size
+        return 1.5e-5 + (seconds + weights / rate.copy) / workers + moved / (1.5 * rate.copy)
 
     def workspace(self, problem: ConvProblem, pass_: Pass) -> int:
         """Return the bytes of the packed filters, and of dense copies where they are needed."""

@@ -179,7 +179,7 @@ class NumbaWinograd(Engine):
         passes = 4 + blocks * (2 if pass_ == "weight_grad" else 1)
         read = 1.5 * passes * cut.filter_bytes / rate.copy
         moved = sum(map(math.prod, (problem.x_shape, problem.y_shape))) * cut.size
-        return 6e-5 + (seconds + read) / workers + moved / (1.5 * rate.copy)
+        return 4e-5 + (seconds + read) / workers + moved / (1.5 * rate.copy)
 
     def workspace(self, problem: ConvProblem, pass_: Pass) -> int:
         """Return the bytes of the filters' factors, of the workers' blocks and of copies."""

@@ -102,6 +102,8 @@ class NumpyTaps(Engine):
         if pass_ == "weight_grad":
             seconds /= efficiency(outputs / problem.taps, min(width, depth / workers))
             copied += outputs * width
+            if problem.pointwise:  # BLAS packs the transposed image where it lies, slowly
+                copied += 2.5 * outputs * (depth + width)
             count = problem.taps
         else:
             seconds /= efficiency(depth, width)

@@ -23,8 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -42,9 +41,6 @@ from gpuconv.engines.im2col import (
     window_sums,
     worker_count,
 )
-from gpuconv.engines.rates import efficiency, rates
-from gpuconv.engines.toom_cook import LARGEST, Filtering, filtering
-from gpuconv.engines.windows import Axis, blocks, forward_axes, input_grad_phases
 from gpuconv.engines.winograd import (
     Block,
     Grid,
@@ -52,10 +48,19 @@ from gpuconv.engines.winograd import (
     filter_factors,
     filter_grad,
     gradient_grid,
-    grids,
     output_views,
     tile_factors,
     tile_outputs,
+)
+from gpuconv.engines.winograd_plan import (
+    Plan,
+    block_bytes,
+    cut,
+    largest_side,
+    plan_of,
+    seconds_of,
+    shared,
+    tile_rows,
 )
 from gpuconv.problem import ConvProblem
 
@@ -63,139 +68,8 @@ __all__ = ["NumpyWinograd"]
 
 Array = np.ndarray[Any, Any]
 
-#: Bytes of a block's factors and products: about a core's own cache.
-BLOCK = 4_000_000
-#: The same where products are summed over the block, which costs a pass over the filters.
-SUM_BLOCK = 6_000_000
 #: Bytes of products that are formed before they are added to their sums.
 PRODUCT = 2_000_000
-#: Tiles under which reading the filters for a block takes longer than multiplying by them.
-FEW_TILES = 96
-#: Bytes of filters that do not stay in a core's own cache.
-LARGE_FILTERS = 1_000_000
-#: Channels that a product should have at least; groups are put together up to it.
-CHANNELS = 32
-#: The largest side of a square tile: beyond it rounding errors grow faster than anything is gained.
-LARGEST_TILE = 8
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """How a pass is cut up.
-
-    Attributes
-    ----------
-    axes : tuple of Axis
-        How the source is gathered, rows and columns.
-    methods : tuple of Filtering
-        For rows and columns.
-    grids : tuple of Grid
-        The dense correlations.
-    merged : int
-        Groups put together.
-    """
-
-    axes: tuple[Axis, ...]
-    methods: tuple[Filtering, ...]
-    grids: tuple[Grid, ...]
-    merged: int
-
-    @property
-    def factors(self) -> int:
-        return self.grids[0].factors
-
-    def tiles(self, batch: int) -> int:
-        """Return the number of tiles over all grids."""
-        return batch * sum(g.rows.tiles * g.columns.tiles for g in self.grids)
-
-
-def _axes(problem: ConvProblem, backwards: bool) -> tuple[Axis, ...]:
-    """Return the gather of a pass over two axes; a single one gets a row of one cell."""
-    axes = input_grad_phases(problem)[0].axes if backwards else forward_axes(problem)
-    return axes if len(axes) == 2 else (Axis(1, 1, 1, 1, 1, 0), *axes)
-
-
-def _candidates(taps: int, outputs: int, largest: int) -> list[Filtering]:
-    """Return the methods to choose from on one axis."""
-    if taps == 1:
-        return [filtering(1, 1)]
-    return [
-        filtering(m, taps)
-        for m in (2, 3, 4, 6)
-        if m + taps - 1 <= largest and (m == 2 or m < 2 * outputs)
-    ]
-
-
-@lru_cache(maxsize=1024)
-def _plan(problem: ConvProblem, backwards: bool) -> _Plan:
-    """Return the plan of least cost."""
-    axes = _axes(problem, backwards)
-    merged = _merged(problem)
-    found = []
-    largest = _largest(problem.kernel)
-    for rows in _candidates(axes[0].taps, axes[0].count, largest):
-        for columns in _candidates(axes[1].taps, axes[1].count, largest):
-            methods = rows, columns
-            plan = _Plan(axes, methods, grids(axes, methods), merged)
-            found.append((_seconds(problem, plan, "input_grad" if backwards else "forward"), plan))
-    return min(found, key=lambda pair: pair[0])[1]
-
-
-def _largest(kernel: tuple[int, ...]) -> int:
-    """Return the largest side of a tile; where one axis has all the taps, errors meet once."""
-    return LARGEST if sum(k > 1 for k in kernel) == 1 else LARGEST_TILE
-
-
-def _merged(problem: ConvProblem) -> int:
-    """Return how many groups to put together."""
-    if problem.groups == 1:
-        return 1
-    narrow = min(problem.in_channels, problem.out_channels) // problem.groups
-    return next(
-        (
-            q
-            for q in range(1, problem.groups + 1)
-            if problem.groups % q == 0 and q * narrow >= CHANNELS
-        ),
-        problem.groups,
-    )
-
-
-def _seconds(problem: ConvProblem, plan: _Plan, pass_: Pass) -> float:
-    """Return the predicted time of a pass: products, packing of filters, transforms, copies."""
-    rate, workers = rates(), worker_count(problem.flops)
-    size = wide_dtype(problem.dtype).itemsize
-    c, o = problem.in_channels, problem.out_channels
-    summed = pass_ == "weight_grad"
-    (rows, columns), tiles = plan.methods, plan.tiles(problem.batch)
-    sets = problem.groups // plan.merged
-    filters = plan.factors * c * o / sets
-    count = 0.0
-    for grid in plan.grids:
-        inside = problem.batch * grid.rows.tiles
-        block = min(inside, _tile_rows(problem, plan, grid, summed))
-        count += max(1.0, inside / block)
-    seconds = 2.0 * tiles * filters / efficiency(c / sets, o / sets)
-    transforms = 1.0 * c * (rows.m * columns.n**2 + columns.n * rows.n**2)
-    if summed:
-        transforms += o * (rows.m * columns.n * columns.m + columns.n * rows.n * rows.m)
-    else:
-        transforms += o * (columns.n * rows.n * rows.m + rows.m * columns.n * columns.m)
-    seconds += 2.5 * 2 * tiles * transforms
-    seconds += 1.5 * 2 * filters * rows.r * columns.r
-    seconds /= rate.product(size)
-    copied = 3.0 * tiles * (c * rows.m * columns.n + o * rows.m * columns.m)
-    # Filters come from memory, which all workers share.
-    read = (4 * filters + count * filters * (3 if summed else 2)) * size / rate.copy
-    if filters * size < LARGE_FILTERS:
-        read /= workers
-    calls = 30 * rate.call * count
-    runs = tiles * rows.m * (columns.n + columns.m)  # of channels, copied one by one
-    calls += 4e-9 * runs
-    fixed = 4e-5 + 1e-5 * len(plan.grids) + read
-    # Several workers wait for each other between the steps of a block.
-    gain = workers if workers == 1 else workers / 1.2
-    return fixed + (seconds + copied * size / rate.copy + calls) / gain
 
 
 class NumpyWinograd(Engine):
@@ -217,7 +91,7 @@ class NumpyWinograd(Engine):
             return f"it computes stride 1, not {problem.stride}"
         if problem.taps == 1:
             return "a kernel of one tap leaves nothing to save"
-        most = _largest(problem.kernel) - 1
+        most = largest_side(problem.kernel) - 1
         if max(problem.kernel) > most:
             return f"it computes such kernels of up to {most} taps an axis, not {problem.kernel}"
         if self.workspace(problem, pass_) > settings.get_workspace_limit():
@@ -227,26 +101,25 @@ class NumpyWinograd(Engine):
     def cost(self, problem: ConvProblem, pass_: Pass) -> float:
         """Return the predicted time."""
         backwards = pass_ == "input_grad"
-        return _seconds(problem, _plan(problem, backwards), pass_)
+        return seconds_of(problem, plan_of(problem, backwards), pass_)
 
     def workspace(self, problem: ConvProblem, pass_: Pass) -> int:
         """Return the bytes of the filters' factors and of all workers' blocks."""
         backwards = pass_ == "input_grad"
-        plan = _plan(problem, backwards)
+        plan = plan_of(problem, backwards)
         workers = worker_count(problem.flops)
         summed = pass_ == "weight_grad"
         size = wide_dtype(problem.dtype).itemsize
         filters = plan.factors * problem.in_channels * problem.out_channels * size
         filters = filters * plan.merged // problem.groups
-        together = _shared(problem, plan, workers, summed)
+        together = shared(problem, plan, workers, summed)
         tiles = max(
-            min(problem.batch * g.rows.tiles, _tile_rows(problem, plan, g, summed))
-            * g.columns.tiles
+            min(problem.batch * g.rows.tiles, tile_rows(problem, plan, g, summed)) * g.columns.tiles
             for g in plan.grids
         )
         sums = (1 if together else 2 * workers) if summed else 1
         blocks_held = 1 if together else workers
-        return (1 + sums) * filters + blocks_held * _bytes(problem, plan, tiles)
+        return (1 + sums) * filters + blocks_held * block_bytes(problem, plan, tiles)
 
     # ------------------------------------------------------------------------------- the passes
 
@@ -275,7 +148,7 @@ class NumpyWinograd(Engine):
             bias_sums(dz, db)
         if dw is None:
             return
-        plan = _plan(problem, False)
+        plan = plan_of(problem, False)
         factors = _factor_sums(problem, plan, _flat(dz, problem), _flat(x, problem))
         diagonal = _diagonal(factors, problem.groups, plan.merged)
         filter_grad(diagonal, plan.methods, dw)
@@ -326,48 +199,6 @@ def _sets(tensor: Array, sets: int) -> Array:
     return flat.transpose(0, 2, 1, 3)
 
 
-def _bytes(problem: ConvProblem, plan: _Plan, tiles: int) -> int:
-    """Return the bytes of a block of so many tiles."""
-    size = wide_dtype(problem.dtype).itemsize
-    rows, columns = plan.methods
-    c, o = problem.in_channels, problem.out_channels
-    halo = max(c, o) * columns.n * (rows.m + rows.r)
-    return tiles * size * (plan.factors * (c + o) + 2 * halo)
-
-
-def _tile_rows(problem: ConvProblem, plan: _Plan, grid: Grid, summed: bool) -> int:
-    """Return how many rows of tiles a block should have."""
-    size = wide_dtype(problem.dtype).itemsize
-    tile = plan.factors * size * (problem.in_channels + problem.out_channels)
-    wanted = max((SUM_BLOCK if summed else BLOCK) // tile, FEW_TILES)
-    workers = worker_count(problem.flops)
-    budget = settings.get_workspace_limit() // 2 // workers // _bytes(problem, plan, 1)
-    return max(1, min(wanted, budget) // grid.columns.tiles)
-
-
-def _shared(problem: ConvProblem, plan: _Plan, workers: int, summed: bool) -> bool:
-    """Return whether the workers should share blocks and divide the products."""
-    size = wide_dtype(problem.dtype).itemsize
-    filters = plan.factors * size * problem.in_channels * problem.out_channels
-    filters = filters * plan.merged // problem.groups
-    if workers == 1 or filters < LARGE_FILTERS:
-        return False
-    return summed or plan.tiles(problem.batch) < FEW_TILES // 2 * workers
-
-
-def _cut(
-    problem: ConvProblem, plan: _Plan, workers: int, summed: bool
-) -> list[list[tuple[Grid, Block]]]:
-    """Divide all tiles into blocks, and these among workers."""
-    shares: list[list[tuple[Grid, Block]]] = [[] for _ in range(workers)]
-    for grid in plan.grids:
-        counts = problem.batch, grid.rows.tiles
-        cut = blocks(counts, _tile_rows(problem, plan, grid, summed), workers)
-        for k, share in enumerate(cut):
-            shares[k] += [(grid, Block(images, rows)) for images, rows in share]
-    return [share for share in shares if share]
-
-
 def _part(block: Block, k: int, workers: int) -> tuple[Block, tuple[slice, ...]] | None:
     """Return the k-th worker's part of a shared block, and where it lies in ``(n, t)``."""
     (n0, n1), (t0, t1) = block.images, block.tile_rows
@@ -380,7 +211,7 @@ def _part(block: Block, k: int, workers: int) -> tuple[Block, tuple[slice, ...]]
     return part if b > a else None
 
 
-def _buffer(name: str, plan: _Plan, grid: Grid, block: Block, channels: int, dtype: Any) -> Array:
+def _buffer(name: str, plan: Plan, grid: Grid, block: Block, channels: int, dtype: Any) -> Array:
     rows, columns = plan.methods
     shape = (rows.n, columns.n, *block.count, grid.columns.tiles, channels)
     return scratch.get(name, shape, dtype)
@@ -397,7 +228,7 @@ def _correlate(
 ) -> bool:
     """Write ``act(source * filters + bias)`` into ``target``; return whether all sums are finite."""
     dtype = wide_dtype(problem.dtype)
-    plan = _plan(problem, backwards)
+    plan = plan_of(problem, backwards)
     source, target = _flat(source, problem), _flat(target, problem)
     taps = w if problem.ndim == 2 else w[None]
     factors = filter_factors(taps, plan.methods, backwards, dtype)
@@ -415,7 +246,7 @@ def _correlate(
             _buffer("products", plan, grid, block, sets * outputs, dtype),
         )
 
-    if not _shared(problem, plan, workers, False):
+    if not shared(problem, plan, workers, False):
 
         def views(grid: Grid, block: Block) -> tuple[Any, ...]:
             of_tiles, products = buffers(grid, block)
@@ -443,10 +274,10 @@ def _correlate(
                     finite[k] = False
                     return
 
-        run_shares(tuple(_cut(problem, plan, workers, False)), work)
+        run_shares(tuple(cut(problem, plan, workers, False)), work)
         return all(finite)
 
-    ((*whole,),) = _cut(problem, plan, 1, False)
+    ((*whole,),) = cut(problem, plan, 1, False)
     for grid, block in whole:
         of_tiles, products = buffers(grid, block)
         _transform(source, grid, block, False, of_tiles, workers)
@@ -496,7 +327,7 @@ def _transform(
     _each_part(block, workers, work)
 
 
-def _factor_sums(problem: ConvProblem, plan: _Plan, dz: Array, x: Array) -> Array:
+def _factor_sums(problem: ConvProblem, plan: Plan, dz: Array, x: Array) -> Array:
     """Return ``factors(x).T @ factors(dz)`` over all tiles, ``(k * l, sets, in, out)``."""
     dtype = wide_dtype(problem.dtype)
     sets = problem.groups // plan.merged
@@ -518,8 +349,8 @@ def _factor_sums(problem: ConvProblem, plan: _Plan, dz: Array, x: Array) -> Arra
         left, right = _sets(of_x, sets).swapaxes(2, 3), _sets(of_dz, sets)
         _add_product(total, left, right, first)
 
-    if not _shared(problem, plan, workers, True):
-        shares = tuple(_cut(problem, plan, workers, True))
+    if not shared(problem, plan, workers, True):
+        shares = tuple(cut(problem, plan, workers, True))
         totals = [np.empty(0)] * len(shares)
 
         def work(k: int, share: list[tuple[Grid, Block]]) -> None:
@@ -536,7 +367,7 @@ def _factor_sums(problem: ConvProblem, plan: _Plan, dz: Array, x: Array) -> Arra
         return totals[0]
 
     total = np.empty(shape, dtype)
-    ((*whole,),) = _cut(problem, plan, 1, True)
+    ((*whole,),) = cut(problem, plan, 1, True)
     for j, (grid, block) in enumerate(whole):
         of_x, of_dz = buffers(grid, block)
         _transform(x, grid, block, False, of_x, workers)
