@@ -16,6 +16,7 @@ from gpuconv import dispatch
 from gpuconv.engines import toom_cook  # type: ignore[attr-defined]
 from gpuconv.engines.base import PASSES
 from gpuconv.functional import _hashable, _plan
+from tests.support import close
 
 RNG = np.random.default_rng(11)
 ENGINES = [
@@ -372,3 +373,19 @@ def test_a_sum_in_front_of_a_relu_is_one_pass_with_the_same_result(restored: Non
         for dz, db in results[1:]:
             np.testing.assert_array_equal(dz, results[0][0])
             np.testing.assert_allclose(db, results[0][1], rtol=1e-4, atol=1e-4)
+
+
+def test_views_that_are_kept_follow_their_buffers() -> None:
+    """Small and large images in turn: the views of the small one's buffers are made again."""
+    rng = np.random.default_rng(5)
+    w = rng.standard_normal((3, 3, 1, 4)).astype("float32")
+    images = [
+        rng.standard_normal((1, side, side, 1)).astype("float32") for side in (8, 9, 40, 8, 300, 8)
+    ]
+    with gpuconv.engine("naive"):
+        want = [gpuconv.conv2d(x[:, :40, :40], w) for x in images]
+    with gpuconv.engine("numpy_planar"):
+        for _ in range(2):
+            for x, expected in zip(images, want, strict=True):
+                side = expected.shape[1]
+                close(gpuconv.conv2d(x, w)[:, :side, :side], expected, 1e-5)

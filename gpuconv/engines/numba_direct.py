@@ -86,7 +86,7 @@ class NumbaDirect(Engine):
         moved = sum(map(math.prod, (problem.x_shape, problem.y_shape))) * size
         # Filters are packed; sums of the weight gradient go through the caches several times.
         weights = (6 if pass_ == "weight_grad" else 2.5) * math.prod(problem.w_shape) * size
-        return 1.5e-5 + (seconds + weights / rate.copy) / workers + moved / (1.5 * rate.copy)
+        return 2e-5 + (seconds + weights / rate.copy) / workers + moved / (1.5 * rate.copy)
 
     def workspace(self, problem: ConvProblem, pass_: Pass) -> int:
         """Return the bytes of the packed filters, and of dense copies where they are needed."""

@@ -11,31 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
 
-from numba import carray, cfunc, njit
+from numba import carray, njit
 
-from gpuconv.engines import numba_memory, numba_pack
+from gpuconv.engines import numba_pack
 from gpuconv.engines.numba_memory import numbers_at
 from gpuconv.engines.numba_pack import pack_double, pack_single
+from gpuconv.engines.numba_team_loops import job
 from gpuconv.engines.numba_tile import ADD, BIAS, BYTES, MOST_ROWS, STAMP, ZERO, add_line, tile
 from gpuconv.engines.numba_transform import zero_bytes
 
 __all__ = ["correlate", "outer_sums", "pack", "scatter", "swap"]
 
-_SIGNATURE = "void(int64, int64, int64, int64)"
-_OPTIONS: dict[str, Any] = {"cache": True, "boundscheck": False, "error_model": "numpy"}
 #: Numba keeps loops by their own file; this makes them stale when what they are made of changes.
-_STAMPS = f"_{STAMP}_{numba_memory.STAMP}_{numba_pack.STAMP}"
-_kept: list[Any] = []
-
-
-def _job(function: Callable[..., None]) -> int:
-    """Return the address of a compiled job."""
-    function.__qualname__ += _STAMPS
-    made = cfunc(_SIGNATURE, **_OPTIONS)(function)
-    _kept.append(made)
-    return int(made.address)
+_STAMP = f"{STAMP}_{numba_pack.STAMP}"
 
 
 # Numbers of several jobs:
@@ -59,7 +48,7 @@ def pack(real: str) -> int:
         else:
             pack_double(at, first, last)
 
-    return _job(packed)
+    return job(packed, _STAMP)
 
 
 @cache
@@ -74,13 +63,13 @@ def correlate(real: str) -> int:
         # Classes are ranges of outputs that meet the same taps; combos[d, h, w] tells where in
         # ``chunks`` the steps of a combination begin and how many chunks there are; a chunk is a
         # range of ``segments``, as many as the filters of a block stay in the cache for.
-        job = carray(numbers_at(at_job), 17)
-        source, target, filters, bias = job[1], job[2], job[3], job[4]
-        at_columns, blocks, panel = job[5], job[6], job[7]
-        group = job[8:12]
-        rectify, groups, by_blocks, packing = job[12], job[13], job[14], job[15]
+        given = carray(numbers_at(at_job), 17)
+        source, target, filters, bias = given[1], given[2], given[3], given[4]
+        at_columns, blocks, panel = given[5], given[6], given[7]
+        group = given[8:12]
+        rectify, groups, by_blocks, packing = given[12], given[13], given[14], given[15]
         columns = carray(numbers_at(at_columns), (blocks, 3))
-        g = carray(numbers_at(job[0]), 33)
+        g = carray(numbers_at(given[0]), 33)
         step_n, step_d, step_h, step_w = g[0], g[1], g[2], g[3]
         place_n, place_d, place_h, place_w = g[4], g[5], g[6], g[7]
         depths, heights, rows_at_once = g[9], g[10], g[11]
@@ -161,7 +150,7 @@ def correlate(real: str) -> int:
                                         )  # fmt: skip
                         chunk += 1
 
-    return _job(correlated)
+    return job(correlated, _STAMP)
 
 
 @cache
@@ -177,14 +166,14 @@ def outer_sums(real: str) -> int:
         # last column, first and last column tap (they lie side by side as their channels do),
         # first and last row. Shares are blocks of output channels, rows of taps, or parts of a
         # row's taps and channels: so many of each.
-        job = carray(numbers_at(at_job), 17)
-        source, gradient, sums = job[1], job[2], job[3]
-        channels, out_row, groups = job[6], job[7], job[11]
-        columns = carray(numbers_at(job[4]), (job[5], 3))
-        group = job[8:11]
-        block_shares, tap_shares, line_shares = job[12], job[13], job[14]
-        segments_at = job[15] + worker * job[16]
-        g = carray(numbers_at(job[0]), 33)
+        given = carray(numbers_at(at_job), 17)
+        source, gradient, sums = given[1], given[2], given[3]
+        channels, out_row, groups = given[6], given[7], given[11]
+        columns = carray(numbers_at(given[4]), (given[5], 3))
+        group = given[8:11]
+        block_shares, tap_shares, line_shares = given[12], given[13], given[14]
+        segments_at = given[15] + worker * given[16]
+        g = carray(numbers_at(given[0]), 33)
         step_n, step_d, step_h, step_w = g[0], g[1], g[2], g[3]
         place_n, place_d, place_h, place_w = g[4], g[5], g[6], g[7]
         depths, heights = g[9], g[10]
@@ -197,8 +186,8 @@ def outer_sums(real: str) -> int:
         first_row, last_row = 0, g[8] * depths * heights
         of_block, of_rest = share % block_shares, share // block_shares
         of_tap, of_line = of_rest % tap_shares, of_rest // tap_shares
-        first_block = job[5] * of_block // block_shares
-        last_block = job[5] * (of_block + 1) // block_shares
+        first_block = given[5] * of_block // block_shares
+        last_block = given[5] * (of_block + 1) // block_shares
         first_tap, last_tap = taps[1] * of_tap // tap_shares, taps[1] * (of_tap + 1) // tap_shares
         line_steps = taps[2] * channels
         first_line = line_steps * of_line // line_shares
@@ -253,7 +242,7 @@ def outer_sums(real: str) -> int:
                                         table, count, c, out_row, add, 0, 0, valid,
                                     )  # fmt: skip
 
-    return _job(summed)
+    return job(summed, _STAMP)
 
 
 @cache
@@ -268,18 +257,24 @@ def scatter(real: str) -> int:
     def scattered(at_job, share, count, worker):
         # All taps of a row of pixels in one product, whose parts are then added to the rows of
         # dx that they reach.
-        job = carray(numbers_at(at_job), 27)
-        gradient, filters, target = job[0], job[1], job[2]
-        place_n, place_h, place_w = job[3], job[4], job[5]
-        step_n, step_h, step_w = job[6], job[7], job[8]
-        counts, taps = job[9:11], job[11:13]
-        height, breadth = job[13], job[14]
-        stride_h, stride_w, dilation_h, top, left = job[15], job[16], job[17], job[18], job[19]
-        channels, rows = job[20], job[21]
-        columns = carray(numbers_at(job[22]), (job[23], 3))
-        product = job[24] + worker * job[25]
-        segment = carray(numbers_at(job[26]), (1, 3))
-        run = job[26]
+        given = carray(numbers_at(at_job), 27)
+        gradient, filters, target = given[0], given[1], given[2]
+        place_n, place_h, place_w = given[3], given[4], given[5]
+        step_n, step_h, step_w = given[6], given[7], given[8]
+        counts, taps = given[9:11], given[11:13]
+        height, breadth = given[13], given[14]
+        stride_h, stride_w, dilation_h, top, left = (
+            given[15],
+            given[16],
+            given[17],
+            given[18],
+            given[19],
+        )
+        channels, rows = given[20], given[21]
+        columns = carray(numbers_at(given[22]), (given[23], 3))
+        product = given[24] + worker * given[25]
+        segment = carray(numbers_at(given[26]), (1, 3))
+        run = given[26]
         first_row, last_row = rows * share // count, rows * (share + 1) // count
         row_out = (columns[-1, 0] + columns[-1, 1]) * vector
         depth = segment[0, 2]
@@ -325,7 +320,7 @@ def scatter(real: str) -> int:
                                 (q1 - q0) * channels,
                             )  # fmt: skip
 
-    return _job(scattered)
+    return job(scattered, _STAMP)
 
 
 @cache

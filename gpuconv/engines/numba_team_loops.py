@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from numba import njit
+from numba import cfunc, njit
 
 from gpuconv.engines.numba_memory import STAMP, add, call, exchange, load, pause, replace, store
 
-__all__ = ["WORDS", "alone", "begin", "finished", "interrupt", "lead", "serve"]
+__all__ = ["WORDS", "alone", "begin", "finished", "interrupt", "job", "lead", "serve"]
 
 _OPTIONS: dict[str, Any] = {"nogil": True, "cache": True, "boundscheck": False}
 #: Eight-byte words of a box for 62 workers.
@@ -26,10 +26,29 @@ _JOB, _DONE, _HELPERS = 64, 128, 192
 _COUNT, _WORKERS, _NUMBER = 16, 32, 40
 
 
+_jobs: list[Any] = []
+
+
 def _compiled(function: Any) -> Any:
     """Return a function compiled when first called, kept on disk for this source of atomics."""
     function.__qualname__ += f"_{STAMP}"
     return njit(**_OPTIONS)(function)
+
+
+def job(function: Any, stamp: object) -> int:
+    """Return the address of a job, compiled now; kept on disk where there is a place for it.
+
+    Numba compiles it anew when its file changes; ``stamp`` stands for what else it is made of.
+    """
+    signature = "void(int64, int64, int64, int64)"
+    options = {"boundscheck": False, "error_model": "numpy"}
+    function.__qualname__ += f"_{stamp}_{STAMP}"
+    try:
+        made = cfunc(signature, cache=True, **options)(function)
+    except (OSError, RuntimeError):  # nowhere to keep it
+        made = cfunc(signature, **options)(function)
+    _jobs.append(made)
+    return int(made.address)
 
 
 @_compiled

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numba import carray, cfunc, njit
+from numba import carray, njit
 
 from gpuconv.engines import numba_window
 from gpuconv.engines.numba_memory import numbers_at
+from gpuconv.engines.numba_team_loops import job
 from gpuconv.engines.numba_window import (
     BYTES,
     LANES,
@@ -33,34 +34,18 @@ from gpuconv.engines.window_tables import APART, DENSE, EDGE, NARROW, STRIDED, W
 __all__ = ["LANES", "backward", "forward", "sums_at_once", "taps_at_once"]
 
 
-_OPTIONS: dict[str, Any] = {"boundscheck": False}
-_kept: list[Any] = []
-
-
-def _named(function: Any) -> Any:
-    """Let a function be compiled anew when its vectors change: Numba looks at this file only."""
-    source = Path(numba_window.__file__).read_bytes()
-    function.__qualname__ += "_" + hashlib.sha256(source).hexdigest()[:12]
-    return function
+#: Numba looks at this file for changes; its vectors' come in by the name.
+_STAMP = hashlib.sha256(Path(numba_window.__file__).read_bytes()).hexdigest()[:12]
+_OPTIONS: dict[str, Any] = {"boundscheck": False, "nogil": True}
 
 
 def _compiled(function: Any) -> Any:
     """Return a function compiled when first called, kept on disk where there is a place for it."""
     try:
-        return njit(cache=True, nogil=True, **_OPTIONS)(_named(function))
+        function.__qualname__ += f"_{_STAMP}"
+        return njit(cache=True, **_OPTIONS)(function)
     except (OSError, RuntimeError):  # nowhere to keep it
-        return njit(nogil=True, **_OPTIONS)(function)
-
-
-def _job(function: Any) -> int:
-    """Return the address of a compiled job."""
-    signature = "void(int64, int64, int64, int64)"
-    try:
-        made = cfunc(signature, cache=True, **_OPTIONS)(_named(function))
-    except (OSError, RuntimeError):  # nowhere to keep it
-        made = cfunc(signature, **_OPTIONS)(function)
-    _kept.append(made)
-    return int(made.address)
+        return njit(**_OPTIONS)(function)
 
 
 @_compiled
@@ -154,12 +139,12 @@ def forward(real: str, group: int) -> int:
     kind = (np.dtype(real).type(0),) * group
 
     def forwarded(at, share, count, worker):
-        job = carray(numbers_at(at), 30)
-        size, channels, first, last = job[0], job[1], job[2], job[3]
-        rows = carray(numbers_at(job[26]), (job[27], 4))
-        columns = carray(numbers_at(job[28]), (job[29], 7))
-        steps = (job[19], job[20], job[21], job[22], job[23], job[24], job[25])
-        w = (job[12], job[13], job[14], job[15])
+        given = carray(numbers_at(at), 30)
+        size, channels, first, last = given[0], given[1], given[2], given[3]
+        rows = carray(numbers_at(given[26]), (given[27], 4))
+        columns = carray(numbers_at(given[28]), (given[29], 7))
+        steps = (given[19], given[20], given[21], given[22], given[23], given[24], given[25])
+        w = (given[12], given[13], given[14], given[15])
         images = len(rows)
         done = first + (last - first) * share // count
         stop = first + (last - first) * (share + 1) // count
@@ -167,13 +152,13 @@ def forward(real: str, group: int) -> int:
             n, i = done // images, done % images
             end = min(images, i + stop - done)
             _rows(
-                kind, size, channels, (job[4] + n * job[5], job[6], job[7]), w,
-                (job[8] + n * job[9], job[10], job[11]), job[16], job[17], job[18], steps, rows,
+                kind, size, channels, (given[4] + n * given[5], given[6], given[7]), w,
+                (given[8] + n * given[9], given[10], given[11]), given[16], given[17], given[18], steps, rows,
                 columns, i, end,
             )  # fmt: skip
             done += end - i
 
-    return _job(forwarded)
+    return job(forwarded, _STAMP)
 
 
 @_compiled
@@ -272,21 +257,28 @@ def backward(real: str, group: int) -> int:
     kind = (np.dtype(real).type(0),) * group
 
     def gone_back(at, share, count, worker):
-        job = carray(numbers_at(at), 66)
-        size, channels, first, last = job[0], job[1], job[2], job[3]
-        dy, y, x, dx, w, dw = job[4:8], job[8:12], job[12:16], job[16:20], job[20:24], job[28:33]
-        dz_start, dz_row, dz_column = job[24] + worker * job[27], job[25], job[26]
-        sum_b, nothing = job[33] + share * job[34], job[35] + worker * job[36]
-        zeros, one, slope = job[37], job[38], job[39]
-        repeats, behind, need_x, need_w = job[40], job[41], job[42], job[43]
-        out_columns, part = job[44], job[45]
-        steps = (job[46], job[47], job[48], job[49], job[50], job[51], job[52])
-        sum_steps = (job[53], job[54], job[55])
-        rows = carray(numbers_at(job[56]), (job[57], 4))
-        columns = carray(numbers_at(job[58]), (job[59], 7))
-        sum_rows = carray(numbers_at(job[60]), (job[61], 4))
-        sum_columns = carray(numbers_at(job[62]), (job[63], 6))
-        blocks = carray(numbers_at(job[64]), (job[65], 6))
+        given = carray(numbers_at(at), 66)
+        size, channels, first, last = given[0], given[1], given[2], given[3]
+        dy, y, x, dx, w, dw = (
+            given[4:8],
+            given[8:12],
+            given[12:16],
+            given[16:20],
+            given[20:24],
+            given[28:33],
+        )
+        dz_start, dz_row, dz_column = given[24] + worker * given[27], given[25], given[26]
+        sum_b, nothing = given[33] + share * given[34], given[35] + worker * given[36]
+        zeros, one, slope = given[37], given[38], given[39]
+        repeats, behind, need_x, need_w = given[40], given[41], given[42], given[43]
+        out_columns, part = given[44], given[45]
+        steps = (given[46], given[47], given[48], given[49], given[50], given[51], given[52])
+        sum_steps = (given[53], given[54], given[55])
+        rows = carray(numbers_at(given[56]), (given[57], 4))
+        columns = carray(numbers_at(given[58]), (given[59], 7))
+        sum_rows = carray(numbers_at(given[60]), (given[61], 4))
+        sum_columns = carray(numbers_at(given[62]), (given[63], 6))
+        blocks = carray(numbers_at(given[64]), (given[65], 6))
         sum_w = (dw[0] + share * dw[1], dw[2], dw[3], dw[4])
         weights = (w[0], w[1], w[2], w[3])
         begin_block = first + (last - first) * share // count
@@ -317,4 +309,4 @@ def backward(real: str, group: int) -> int:
                         sum_columns, i, min(i1, i + part),
                     )  # fmt: skip
 
-    return _job(gone_back)
+    return job(gone_back, _STAMP)

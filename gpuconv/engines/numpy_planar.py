@@ -120,7 +120,9 @@ class NumpyPlanar(Engine):
         copied += outputs * depth / line * 400  # the start of a row, as bytes
         planes = math.prod(problem.x_shape) * size * 6
         moved = copied + planes + outputs * problem.out_channels * size
-        count = max(1.0, outputs / (_block_rows(problem) * line)) * problem.taps
+        count = max(1.0, outputs / (_block_rows(problem) * line))
+        if pass_ == "input_grad" or outputs * depth / count > ONE_COPY:
+            count *= problem.taps
         seconds = problem.flops / rate.product(size) / share + moved / rate.copy
         return 1e-5 + (seconds + rate.call * count) / workers
 
