@@ -2,8 +2,8 @@
 
 NumPy has no operation that multiplies and adds arrays at the width of today's processors in one
 pass, and depthwise convolution is nothing else. This engine is for who has Numba installed (the
-extra ``numba``); it is chosen only then. Rows are divided among the same workers as those of the
-NumPy engines; Numba's own threads are not used.
+extra ``numba``); it is chosen only then. Shares of the rows are taken by the same workers as those of
+the NumPy engines; Numba's own threads are not used.
 
 The forward pass reads ``x`` and writes ``y``, bias and activation included, and that is all it
 does to memory. The backward pass goes through blocks of rows: ``dy`` behind the activation becomes

@@ -8,8 +8,8 @@ copy is made and nothing is multiplied by zero. The input gradient is the same o
 the weight gradient takes tiles of taps and channels and sums over pixels.
 
 For who has Numba installed (the extra ``numba``); it is chosen only then. ``GPUCONV_NUMBA=0``
-switches it off. Each worker has a fixed share, and no sum is divided among workers: the bits are
-the same for any number of them.
+switches it off. Workers take shares of the outputs or of the weights as they come, and no sum is
+divided among workers: the bits are the same for any number of them.
 """
 
 from __future__ import annotations
