@@ -83,7 +83,9 @@ class NumbaDirect(Engine):
         seconds += 3e-8 * tiles
         if problem.groups > 1:  # short runs: a tap's channels are all that lies side by side
             seconds *= 1.5
-        moved = sum(map(math.prod, (problem.x_shape, problem.y_shape))) * size
+        # Of an image, at most what the windows hold.
+        pixels = min(math.prod(problem.x_shape[:-1]), outputs * problem.taps)
+        moved = (pixels * problem.in_channels + math.prod(problem.y_shape)) * size
         # Filters are packed; sums of the weight gradient go through the caches several times.
         weights = (6 if pass_ == "weight_grad" else 2.5) * math.prod(problem.w_shape) * size
         return 2e-5 + (seconds + weights / rate.copy) / workers + moved / (1.5 * rate.copy)

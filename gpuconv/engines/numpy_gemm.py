@@ -76,7 +76,8 @@ class NumpyGemm(Engine):
         seconds += outputs * wide * groups * size * (3 if phases > 1 else 1) / rate.copy
         if backwards and problem.taps > 1:
             seconds += 3 * filters * size / rate.copy
-        return 3e-5 * phases + (seconds + 8 * rate.call * count) / workers
+        fixed = 3e-5 * phases + (4e-5 if workers > 1 else 0.0)  # workers wait for the lock
+        return fixed + (seconds + 8 * rate.call * count) / workers
 
     def workspace(self, problem: ConvProblem, pass_: Pass) -> int:
         """Return the bytes of the buffers, all workers together."""
