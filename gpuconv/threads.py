@@ -13,7 +13,16 @@ from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Any, Protocol
 
-__all__ = ["Idle", "helpers", "inside", "run", "shares", "single_threaded_blas", "while_idle"]
+__all__ = [
+    "Idle",
+    "helpers",
+    "inside",
+    "run",
+    "shares",
+    "single_threaded_blas",
+    "together",
+    "while_idle",
+]
 
 _lock = threading.Lock()
 _helpers: list[_Helper] = []
@@ -118,7 +127,12 @@ class _Task:
             self._ended.release()
         return True
 
+    def cancel(self) -> bool:
+        """Let nobody begin the work, or return False if somebody has."""
+        return self._taken.acquire(blocking=False)
+
     def wait(self) -> None:
+        """Wait for the end of the work."""
         self._ended.acquire()
 
 
@@ -193,6 +207,30 @@ def run(work: Callable[[int], None], workers: int) -> None:
     for task in late:
         task.wait()
     for task in tasks:
+        if task.error is not None:
+            raise task.error
+
+
+def together(work: Callable[[bool], None], workers: int, done: Callable[[], bool]) -> None:
+    """Call ``work(True)`` here and ``work(False)`` in helpers, as soon as they wake up.
+
+    The work is a number of shares that each call takes one after the other until there are none,
+    and which call takes which must make no difference to the result. So nobody waits for a thread
+    that is still asleep when ``done()`` says that all shares are.
+    """
+    if workers == 1 or inside():
+        work(True)
+        return
+    marked = _marked(work)
+    mine, *others = (_Task(marked, first) for first in (True, *(False,) * (workers - 1)))
+    for helper, task in zip(helpers(workers - 1), others, strict=False):
+        helper.give(task)
+    mine.take()
+    late = [task for task in others if not task.cancel()]
+    if mine.error is not None or not done():
+        for task in late:
+            task.wait()
+    for task in (mine, *late):
         if task.error is not None:
             raise task.error
 
