@@ -46,11 +46,14 @@ class Check:
         What the problem is about; each kernel source is tried on each topic that reaches it.
     run : callable
         Computes and compares; raises where something is wrong.
+    prepare : callable
+        Computes what is compared with, once for all processes that are forked later.
     """
 
     name: str
     topic: str
     run: Callable[[], None]
+    prepare: Callable[[], object] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -428,7 +431,7 @@ def _of_engine(engine: str) -> Iterator[Check]:
                     f"{activation} {name}", (1, 7, 5, 8), w, activation=activation, padding=1,
                     groups=groups, bias=False, blank=True,
                 )  # fmt: skip
-                yield from _conv(engine, problem, dtype, problem.name)
+                yield from _conv(engine, problem, dtype, f"activations {name}")
 
 
 def _of_normalisation() -> Iterator[Check]:
@@ -451,4 +454,5 @@ def _conv(engine: str, problem: Problem, dtype: str, topic: str) -> Iterator[Che
             f"{engine}/{dtype}/{problem.name}",
             topic,
             lambda: _convolve(engine, problem, dtype),
+            lambda: _oracle(problem, dtype),
         )

@@ -17,7 +17,8 @@ from gpuconv.cuda import kernels
 from tests.mutation import survivors
 from tests.mutation.checks import Check, checks
 from tests.mutation.rules import Mutant, mutants
-from tests.mutation.trial import Launch, Outcome, Runner, chosen, survey
+from tests.mutation.survey import Launch, chosen, fingerprint, survey
+from tests.mutation.trial import Outcome, Runner
 
 __all__ = ["Score", "main", "scored"]
 
@@ -25,9 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 KEPT = ROOT / "build" / "mutation"
 LEAST = 0.95
 
-#: What an outcome depends on beside the kernels' own text.
-_ENGINES = ("gpuconv/cuda/*.py", "gpuconv/engines/cuda*.py", "tests/cuda_on_cpu/**/*")
-_CHECKS = ("tests/mutation/checks.py", "tests/mutation/trial.py")
+#: How kernels run, on which an outcome depends beside their text and what is launched.
+_STAND_IN = ("tests/cuda_on_cpu/runtime/**/*", "tests/cuda_on_cpu/build.py", "tests/cuda_on_cpu/launch.py")
 
 
 def _digest(parts: Iterable[str | bytes]) -> str:
@@ -48,16 +48,30 @@ def _contents(patterns: Sequence[str]) -> list[bytes]:
 class Kept:
     """What became of a file's mutants in runs before, on disk.
 
-    What was caught stays so when checks are added; what survived is tried again.
+    What was caught stays so as long as the check that noticed it launches the same kernels with
+    the same arguments, whatever else is added; what survived is tried again when there are other
+    checks.
+
+    Parameters
+    ----------
+    file : str
+    sources : sequence of str
+        What includes it, or itself.
+    prints : dict of str to str
+        The fingerprints of the launches of the file's checks.
+    folder : Path
     """
 
-    def __init__(self, file: str, sources: Sequence[str], folder: Path) -> None:
+    def __init__(
+        self, file: str, sources: Sequence[str], prints: dict[str, str], folder: Path
+    ) -> None:
         texts = [kernels.read(f) for f in sorted(sources)]
-        self._place = folder / f"{file}-{_digest([*texts, *_contents(_ENGINES)])}.jsonl"
-        self._checks = _digest(_contents(_CHECKS))
+        self._place = folder / f"{file}-{_digest([*texts, *_contents(_STAND_IN)])}.jsonl"
+        self._prints = prints
+        self._all = _digest(f"{name} {prints[name]}" for name in sorted(prints))
 
     def read(self) -> dict[str, Outcome]:
-        """Return the outcomes by the mutants' keys."""
+        """Return the outcomes by the mutants' keys; of some for one, the last."""
         found: dict[str, Outcome] = {}
         if self._place.exists():
             for line in self._place.read_text(encoding="utf-8").splitlines():
@@ -66,16 +80,24 @@ class Kept:
                 except ValueError:  # cut off when the run was
                     continue
                 outcome = Outcome(**row["outcome"])
-                if outcome.status in ("caught", "no build") or row["checks"] == self._checks:
+                if row["launches"] == self._launches(outcome):
                     found[row["key"]] = outcome
         return found
 
     def add(self, mutant: Mutant, outcome: Outcome) -> None:
         """Append one."""
         self._place.parent.mkdir(parents=True, exist_ok=True)
-        row = {"key": mutant.key, "checks": self._checks, "outcome": asdict(outcome)}
+        row = {
+            "key": mutant.key, "launches": self._launches(outcome), "outcome": asdict(outcome),
+        }  # fmt: skip
         with open(self._place, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+
+    def _launches(self, outcome: Outcome) -> str:
+        """Return the fingerprint of what an outcome rests on."""
+        if outcome.status == "no build":
+            return ""
+        return self._prints.get(outcome.check, "") if outcome.status == "caught" else self._all
 
 
 @dataclass
@@ -204,13 +226,15 @@ def _file(
     sources = {name} | {
         one.files[0] for c in every for one in launches[c.name] if name in one.files
     }
-    kept = Kept(name, sorted(sources), args.kept / (args.engines or "all"))
+    prints = {c.name: fingerprint(launches[c.name]) for c in mine}
+    kept = Kept(name, sorted(sources), prints, args.kept / (args.engines or "all"))
     # Fewer checks than all of them notice less: such outcomes are no one else's.
     known = {} if args.most_checks else kept.read()
     found = [(m, known[m.key]) for m in pool if m.key in known]
     rest = [m for m in pool if m.key not in known]
     began = time.monotonic()
-    runner = Runner(launches, max(1, args.jobs))
+    kills = Counter(o.check for o in known.values())
+    runner = Runner(launches, max(1, args.jobs), kills)
     for mutant, outcome in runner.run(rest, mine) if rest else ():
         found.append((mutant, outcome))
         if not args.most_checks:
