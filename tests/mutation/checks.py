@@ -32,6 +32,8 @@ from tests.support import close
 
 __all__ = ["Check", "checks", "drawn"]
 
+#: Kernels that compute anew what is not finite, and the arguments that they read for it.
+_MENDING = {"winograd_output": (3, 4), "winograd_filter_grad": (2, 3)}
 _TOLERANCES = {"float64": 1e-11, "float16": 5e-3, "bfloat16": 2e-2}
 
 
@@ -72,8 +74,9 @@ class Problem:
         Gradients one by one as well, the others not asked for.
     limit : int
         Bytes of workspace, if not the usual: the batch goes in parts.
-    poison : bool
-        A NaN and an infinity in images and gradients; they must go where the loops send them.
+    poison : int
+        A NaN and an infinity in images and gradients, so far from the edges; they must go where
+        the loops send them.
     spread : bool
         Images and the result lie in larger arrays, so that nothing is dense.
     blank : bool
@@ -91,7 +94,7 @@ class Problem:
     one_block: bool = False
     apart: bool = False
     limit: int = 0
-    poison: bool = False
+    poison: int = 0
     spread: bool = False
     blank: bool = False
 
@@ -141,8 +144,11 @@ PROBLEMS = (
     _problem("spread", (2, 6, 7, 4), (3, 3, 4, 8), padding=1, spread=True),
     _problem("spread-first", (2, 5, 6, 3), (3, 2, 3, 4), spread=True, first=True, bias=False),
     _problem("spread-3d", (2, 3, 4, 5, 4), (2, 2, 2, 4, 3), spread=True, limit=2000),
-    _problem("poison", (2, 9, 10, 4), (3, 3, 4, 6), padding=1, activation=None, poison=True),
-    _problem("poison-first", (1, 8, 7, 3), (3, 3, 3, 5), activation=None, poison=True, first=True),
+    _problem("poison", (2, 9, 10, 4), (3, 3, 4, 6), padding=1, activation=None, poison=1),
+    _problem("poison-first", (1, 8, 7, 3), (3, 3, 3, 5), activation=None, poison=1, first=True),
+    _problem("poison-grouped", (2, 9, 9, 6), (3, 3, 3, 4), padding=((1, 2), (2, 0)), groups=2,
+             poison=2, bias=False, activation=None),
+    _problem("poison-parts", (3, 8, 9, 6), (3, 3, 6, 4), poison=1, limit=3000, activation=None),
     _problem("strips", (3, 40, 40, 4), (1, 1, 4, 4)),
     _problem("strips-first", (3, 40, 40, 3), (1, 1, 3, 2), first=True),
     _problem("no-bias", (2, 6, 5, 4), (3, 3, 4, 4), padding=1, bias=False),
@@ -196,7 +202,8 @@ def drawn(problem: Problem, dtype: str) -> dict[str, np.ndarray]:
     dy = rng.standard_normal(_described(problem, dtype).y_shape)
     if problem.poison:
         for array in (x, dy):
-            array[0, 1, 1, 0], array[-1, -2, -3, -1] = np.nan, np.inf
+            at = problem.poison
+            array[0, at, at, 0], array[-1, -1 - at, -2 - at, -1] = np.nan, np.inf
     made = {n: _rounded(a, dtype) for n, a in (("x", x), ("w", w), ("b", b), ("dy", dy))}
     results = {"seen": "dy", "y": "dy", "dx": "x", "dw": "w", "db": "b"}
     if dtype == "tf32":
@@ -358,6 +365,16 @@ def _convolve(engine: str, problem: Problem, dtype: str) -> None:
             for name, got, reduction in zip(("dx", "dw", "db"), found, reductions, strict=True):
                 if got is not None:
                     _close(engine, problem, dtype, reduction, got, given, name)
+        if not problem.poison:
+            _nothing_repaired(cp)
+
+
+def _nothing_repaired(cp: Any) -> None:
+    """Winograd's last kernels read images and weights to mend what is not finite, or never."""
+    for (kernel, *_), traffic in zip(cp.settings.launches, cp.settings.traffic, strict=False):
+        arrays = next((a for name, a in _MENDING.items() if name in kernel), ())
+        read = [traffic[a][0] for a in arrays if a in traffic]
+        assert not any(read), f"{kernel} read {read} bytes to mend what was finite"
 
 
 def _takes(engine: str, problem: Problem, dtype: str) -> bool:
