@@ -23,7 +23,7 @@ from gpuconv import dispatch, normalization, settings
 from gpuconv.activations import get_activation
 from gpuconv.cuda import kernels
 from gpuconv.cuda import normalization as on_device
-from gpuconv.engines import cuda_arrays
+from gpuconv.engines import cuda_arrays, cuda_winograd_plan
 from gpuconv.engines.base import PASSES
 from gpuconv.functional import _hashable, _plan
 from gpuconv.problem import ConvProblem
@@ -74,6 +74,10 @@ class Problem:
         Gradients one by one as well, the others not asked for.
     limit : int
         Bytes of workspace, if not the usual: the batch goes in parts.
+    segments : int
+        Winograd's weight gradient is summed in so many parts.
+    tile : int
+        Winograd's tile, if not the one of least cost.
     poison : int
         A NaN and an infinity in images and gradients, so far from the edges; they must go where
         the loops send them.
@@ -94,6 +98,8 @@ class Problem:
     one_block: bool = False
     apart: bool = False
     limit: int = 0
+    segments: int = 0
+    tile: int = 0
     poison: int = 0
     spread: bool = False
     blank: bool = False
@@ -148,7 +154,15 @@ PROBLEMS = (
     _problem("poison-first", (1, 8, 7, 3), (3, 3, 3, 5), activation=None, poison=1, first=True),
     _problem("poison-grouped", (2, 9, 9, 6), (3, 3, 3, 4), padding=((1, 2), (2, 0)), groups=2,
              poison=2, bias=False, activation=None),
-    _problem("poison-parts", (3, 8, 9, 6), (3, 3, 6, 4), poison=1, limit=3000, activation=None),
+    _problem("poison-parts", (3, 8, 9, 6), (3, 3, 6, 4), poison=1, limit=6000, tile=2,
+             activation=None),
+    _problem("segments", (3, 11, 14, 6), (3, 3, 3, 8), padding=1, groups=2, segments=3, tile=2),
+    _problem("segments-parts", (3, 12, 13, 5), (3, 3, 5, 4), segments=2, tile=2, limit=13000,
+             first=True, bias=False),
+    _problem("first-grouped-3x3", (2, 7, 9, 6), (3, 3, 3, 8), padding=((0, 1), (2, 1)), groups=2, first=True),
+    _problem("tile-6", (2, 15, 13, 4), (3, 3, 4, 6), padding=((1, 2), (3, 0)), tile=6),
+    _problem("positions-2187", (3, 27, 27, 2), (1, 1, 2, 3), first=True),
+    _problem("strips-9", (2, 13, 12, 3), (1, 1, 3, 128)),
     _problem("strips", (3, 40, 40, 4), (1, 1, 4, 4)),
     _problem("strips-first", (3, 40, 40, 3), (1, 1, 3, 2), first=True),
     _problem("no-bias", (2, 6, 5, 4), (3, 3, 4, 4), padding=1, bias=False),
@@ -293,6 +307,15 @@ def _settings(problem: Problem, dtype: str) -> ExitStack:
         stack.enter_context(
             mock.patch.object(settings, "get_workspace_limit", return_value=problem.limit)
         )
+    if problem.segments:
+        stack.enter_context(
+            mock.patch.object(cuda_winograd_plan, "_segments", return_value=problem.segments)
+        )
+    if problem.tile:
+        stack.enter_context(mock.patch.object(cuda_winograd_plan, "TILES", (problem.tile,)))
+    if problem.segments or problem.tile:
+        cuda_winograd_plan.plan_of.cache_clear()
+        stack.callback(cuda_winograd_plan.plan_of.cache_clear)
     if problem.one_block:
         stack.enter_context(mock.patch.object(kernels, "grid_for", return_value=1))
     precision = gpuconv.get_precision()

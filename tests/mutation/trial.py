@@ -174,6 +174,7 @@ class Runner:
                 defines = tuple(o for o in one.options if o[:2] in ("-D", "-U"))
                 preprocessed(kernels.read(one.files[0]), defines, "checked")
         waiting = list(reversed(mutants))
+        last = time.monotonic()
         running: dict[int, _Process] = {}
         with tempfile.TemporaryDirectory(prefix="gpuconv-mutation-") as place:
             try:
@@ -185,7 +186,12 @@ class Runner:
                         )
                         running[process.pipe] = process
                     ready, _, _ = select.select(list(running), [], [], 1.0)
-                    for pipe in [*ready, *(p for p, r in running.items() if r.silent())]:
+                    now = time.monotonic()
+                    for process in running.values():
+                        process.quiet += min(now - last, 2.0)  # all of this may have been stopped
+                    last = now
+                    silent = [p for p, r in running.items() if r.silent()]
+                    for pipe in dict.fromkeys([*ready, *silent]):
                         process = running[pipe]
                         outcome = process.read()
                         if outcome is None:
@@ -274,7 +280,8 @@ class _Process:
         self._folder = Path(tempfile.mkdtemp(dir=place))
         self._text = b""
         self._pid = 0
-        self._began = self._heard = time.monotonic()
+        self._began = time.monotonic()
+        self.quiet = 0.0  # seconds since something was heard
 
     def start(self, work: Callable[..., None], checks: Sequence[Check], others: list[int]) -> None:
         """Fork; the child does the work and ends."""
@@ -310,7 +317,7 @@ class _Process:
 
     def silent(self) -> bool:
         """Return whether nothing was heard for too long."""
-        return time.monotonic() - self._heard > SILENCE
+        return self.quiet > SILENCE
 
     def read(self) -> Outcome | None:
         """Return the outcome, if it is over."""
@@ -318,7 +325,7 @@ class _Process:
             self.kill()
         else:
             part = os.read(self.pipe, 1 << 16)
-            self._heard = time.monotonic()
+            self.quiet = 0.0
             self._text += part
             if part:
                 return None
