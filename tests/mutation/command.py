@@ -27,7 +27,11 @@ KEPT = ROOT / "build" / "mutation"
 LEAST = 0.95
 
 #: How kernels run, on which an outcome depends beside their text and what is launched.
-_STAND_IN = ("tests/cuda_on_cpu/runtime/**/*", "tests/cuda_on_cpu/build.py", "tests/cuda_on_cpu/launch.py")
+_STAND_IN = (
+    "tests/cuda_on_cpu/runtime/**/*",
+    "tests/cuda_on_cpu/build.py",
+    "tests/cuda_on_cpu/launch.py",
+)
 
 
 def _digest(parts: Iterable[str | bytes]) -> str:

@@ -138,7 +138,7 @@ def chosen(
 
     Every topic that reaches the file once, if it is a source and no header, and what else it takes
     to meet every kernel, every dtype and value of a compile-time constant that the file names,
-    and every activation in every dtype that a topic has it in.
+    and every activation in every dtype that a topic has it in. Those that meet most come first.
     """
     topics: set[str] = set()
     features: set[str] = set()
@@ -151,4 +151,23 @@ def chosen(
             made.append(check)
             topics.add(check.topic)
             features |= new
+    return _various(
+        made,
+        {
+            c.name: {f for one in launches[c.name] if file in one.files for f in one.features(file)}
+            for c in made
+        },
+    )
+
+
+def _various(checks: list[Check], features: dict[str, set[str]]) -> list[Check]:
+    """Return the checks in an order in which each adds as much as possible to those before."""
+    made: list[Check] = []
+    met: set[str] = set()
+    rest = list(checks)
+    while rest:
+        best = max(rest, key=lambda c: len(features[c.name] - met))
+        rest.remove(best)
+        made.append(best)
+        met |= features[best.name]
     return made
