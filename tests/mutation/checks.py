@@ -23,12 +23,14 @@ from gpuconv import dispatch, normalization, settings
 from gpuconv.activations import get_activation
 from gpuconv.cuda import kernels
 from gpuconv.cuda import normalization as on_device
+from gpuconv.cuda.tensor_tiles import TILES
 from gpuconv.engines import cuda_arrays, cuda_winograd_plan
 from gpuconv.engines.base import PASSES
 from gpuconv.functional import _hashable, _plan
 from gpuconv.problem import ConvProblem
 from tests.cuda_on_cpu import stand_in
 from tests.support import close
+from tests.tensor_core_banks import assert_apart, banks
 
 __all__ = ["Check", "checks", "drawn"]
 
@@ -446,6 +448,23 @@ def _normalise(dtype: str, activation: str | None, rows: int, columns: int, wide
             close(gpuconv.asnumpy(have), want, 4 * allowed)
 
 
+# --------------------------------------------------------------------------------------- banks
+
+
+def _of_banks() -> Iterator[Check]:
+    """Where the tensor cores' kernels meet shared memory at once; it costs time and no value."""
+    for tile in (TILES[1], TILES[-1]):
+        for pass_ in PASSES:
+            for dtype in ("float16", "float32"):
+
+                def run(t: Any = tile, p: Any = pass_, d: str = dtype) -> None:
+                    with stand_in("checked", 1) as cp:
+                        assert_apart(banks(cp, t, p, d))
+
+                topic = f"banks-{pass_}-{tile}-{dtype}"
+                yield Check(f"banks/{dtype}/{pass_}-{tile}", topic, run)
+
+
 # ----------------------------------------------------------------------------------------- all
 
 
@@ -458,7 +477,7 @@ def checks(engines: Collection[str] | None = None) -> list[Check]:
             if engines is None or engine in engines
             for check in _of_engine(engine)
         ]
-    return [*made, *_of_normalisation()]
+    return [*made, *_of_normalisation(), *_of_banks()]
 
 
 def _of_engine(engine: str) -> Iterator[Check]:

@@ -33,6 +33,9 @@ _STAND_IN = (
     "tests/cuda_on_cpu/launch.py",
 )
 
+#: How checks compare, and what is watched: what no check noticed is tried again when these change.
+_CHECKS = ("tests/mutation/checks.py", "tests/mutation/trial.py")
+
 
 def _digest(parts: Iterable[str | bytes]) -> str:
     made = hashlib.sha256()
@@ -72,7 +75,7 @@ class Kept:
         texts = [kernels.read(f) for f in sorted(sources)]
         self._place = folder / f"{file}-{_digest([*texts, *_contents(_STAND_IN)])}.jsonl"
         self._prints = prints
-        self._all = _digest(f"{name} {prints[name]}" for name in sorted(prints))
+        self._all = _digest([*(f"{n} {prints[n]}" for n in sorted(prints)), *_contents(_CHECKS)])
 
     def read(self) -> dict[str, Outcome]:
         """Return the outcomes by the mutants' keys; of some for one, the last."""
@@ -226,22 +229,22 @@ def _file(
     args: argparse.Namespace,
 ) -> Score:
     """Try the mutants of a file, but for those that are known from before."""
-    mine = chosen(name, every, launches)[: args.most_checks]
+    mine = chosen(name, every, launches)
     sources = {name} | {
         one.files[0] for c in every for one in launches[c.name] if name in one.files
     }
     prints = {c.name: fingerprint(launches[c.name]) for c in mine}
     kept = Kept(name, sorted(sources), prints, args.kept / (args.engines or "all"))
-    # Fewer checks than all of them notice less: such outcomes are no one else's.
-    known = {} if args.most_checks else kept.read()
+    known = kept.read()
     found = [(m, known[m.key]) for m in pool if m.key in known]
     rest = [m for m in pool if m.key not in known]
     began = time.monotonic()
     kills = Counter(o.check for o in known.values())
     runner = Runner(launches, max(1, args.jobs), kills)
-    for mutant, outcome in runner.run(rest, mine) if rest else ():
+    for mutant, outcome in runner.run(rest, mine[: args.most_checks]) if rest else ():
         found.append((mutant, outcome))
-        if not args.most_checks:
+        # Fewer checks than all of them notice less: what they do not notice is open still.
+        if not args.most_checks or outcome.status in ("caught", "no build"):
             kept.add(mutant, outcome)
         if args.verbose:
             print(f"{outcome.status:9} {mutant}  [{outcome.check} {outcome.how}]", flush=True)

@@ -107,6 +107,7 @@ def survey(checks: Sequence[Check]) -> dict[str, tuple[Launch, ...]]:
         mock.patch.object(launch.RawModule, "get_function", get_function),
         mock.patch("tests.mutation.checks.close"),
         mock.patch("tests.mutation.checks._close"),
+        mock.patch("tests.mutation.checks.assert_apart"),
         mock.patch("tests.mutation.checks._oracle", _unknown),
     ):
         for check in checks:
@@ -136,8 +137,7 @@ def chosen(
 ) -> list[Check]:
     """Return the checks that a file's mutants are tried on.
 
-    Every topic that reaches the file once, if it is a source and no header, and what else it takes
-    to meet every kernel, every dtype and value of a compile-time constant that the file names,
+    Every topic that reaches the file once, and what else it takes to meet every kernel, every dtype and value of a compile-time constant that the file names,
     and every activation in every dtype that a topic has it in. Those that meet most come first.
     """
     topics: set[str] = set()
@@ -145,9 +145,8 @@ def chosen(
     made = []
     for check in checks:
         mine = [one for one in launches[check.name] if file in one.files]
-        source = any(one.files[0] == file for one in mine)
         new = {f for one in mine for f in one.features(file)} - features
-        if new or (source and check.topic not in topics):
+        if new or (mine and check.topic not in topics):
             made.append(check)
             topics.add(check.topic)
             features |= new

@@ -25,6 +25,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
+from unittest import mock
 
 from gpuconv.cuda import kernels
 from tests.cuda_on_cpu import CompileError, build
@@ -38,6 +39,9 @@ __all__ = ["Outcome", "Runner"]
 CPU_LIMIT, SILENCE = 4.0, 120.0
 #: So many checks are passed before a look at the machine code tells whether more of them make sense.
 PATIENCE = 3
+
+#: Beside what the checking mode watches, the bounds of arrays in registers, as the mode ``asan`` does.
+_BOUNDS = ("-fsanitize=bounds", "-fsanitize-undefined-trap-on-error")
 
 _FILE = re.compile(r'^#line \d+ "([\w.]+)"', re.MULTILINE)
 
@@ -70,18 +74,22 @@ class _Library:
     def __init__(self, folder: Path, original: Callable[[str], str]) -> None:
         self._folder, self._original = folder, original
         self._real = build.kernel_library
-        self._texts: dict[tuple[str, tuple[str, ...], str], tuple[str, str]] = {}
-        self._made: dict[tuple[str, tuple[str, ...], str], Path] = {}
+        self._texts: dict[tuple[str, tuple[str, ...], str, str], tuple[str, str]] = {}
         self._same: set[tuple[str, tuple[str, ...]]] = set()
 
-    def texts(self, file: str, options: Sequence[str], mode: str) -> tuple[str, str]:
-        """Return the preprocessed text of a variant before and after the change."""
-        key = file, tuple(options), mode
+    def texts(
+        self, file: str, options: Sequence[str], mode: str, more: str = ""
+    ) -> tuple[str, str]:
+        """Return the preprocessed text of a variant before and after the change.
+
+        ``more`` is what a check writes behind it.
+        """
+        key = file, tuple(options), mode, more
         if key not in self._texts:
             defines = [o for o in options if o[:2] in ("-D", "-U")]
             self._texts[key] = (
-                preprocessed(self._original(file), tuple(defines), mode),
-                build._preprocess(kernels.read(file), defines, mode),
+                preprocessed(self._original(file) + more, tuple(defines), mode),
+                build._preprocess(kernels.read(file) + more, defines, mode),
             )
         return self._texts[key]
 
@@ -91,18 +99,18 @@ class _Library:
 
     def __call__(self, source: str, options: Sequence[str], mode: str) -> Path:
         file = _FILE.findall(source)[0]
-        old, new = self.texts(file, options, mode)
+        more = source.removeprefix(kernels.read(file))
+        old, new = self.texts(file, options, mode, more)
         if old == new:
-            return self._real(self._original(file), options, mode)
-        key = file, tuple(options), mode
-        if key not in self._made:
-            self._made[key] = self._compiled(new, mode)
-        return self._made[key]
+            return self._real(self._original(file) + more, options, mode)
+        return self._compiled(new, mode)
 
     def _compiled(self, text: str, mode: str) -> Path:
         place = self._folder / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}-{mode}.so"
         if not place.exists():
-            build._compile(text, mode, build._runtime_library(mode), place)
+            flags = [*build._MODE_FLAGS[mode], *(_BOUNDS if mode == "checked" else ())]
+            with mock.patch.dict(build._MODE_FLAGS, {mode: flags}):
+                build._compile(text, mode, build._runtime_library(mode), place)
         return place
 
     def same_code(self, variants: Sequence[tuple[str, tuple[str, ...]]]) -> bool:
