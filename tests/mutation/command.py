@@ -244,7 +244,11 @@ def _file(
     for mutant, outcome in runner.run(rest, mine[: args.most_checks]) if rest else ():
         found.append((mutant, outcome))
         # Fewer checks than all of them notice less: what they do not notice is open still.
-        if not args.most_checks or outcome.status in ("caught", "no build"):
+        if (
+            args.most_checks is None
+            or args.most_checks >= len(mine)
+            or outcome.status in ("caught", "no build")
+        ):
             kept.add(mutant, outcome)
         if args.verbose:
             print(f"{outcome.status:9} {mutant}  [{outcome.check} {outcome.how}]", flush=True)
