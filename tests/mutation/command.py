@@ -67,15 +67,23 @@ class Kept:
     prints : dict of str to str
         The fingerprints of the launches of the file's checks.
     folder : Path
+    details : sequence of str
+        What else the checks depend on.
     """
 
     def __init__(
-        self, file: str, sources: Sequence[str], prints: dict[str, str], folder: Path
+        self,
+        file: str,
+        sources: Sequence[str],
+        prints: dict[str, str],
+        folder: Path,
+        details: Sequence[str] = (),
     ) -> None:
         texts = [kernels.read(f) for f in sorted(sources)]
         self._place = folder / f"{file}-{_digest([*texts, *_contents(_STAND_IN)])}.jsonl"
         self._prints = prints
-        self._all = _digest([*(f"{n} {prints[n]}" for n in sorted(prints)), *_contents(_CHECKS)])
+        every = [f"{name} {prints[name]}" for name in sorted(prints)]
+        self._all = _digest([*every, *sorted(details), *_contents(_CHECKS)])
 
     def read(self) -> dict[str, Outcome]:
         """Return the outcomes by the mutants' keys; of some for one, the last."""
@@ -234,7 +242,8 @@ def _file(
         one.files[0] for c in every for one in launches[c.name] if name in one.files
     }
     prints = {c.name: fingerprint(launches[c.name]) for c in mine}
-    kept = Kept(name, sorted(sources), prints, args.kept / (args.engines or "all"))
+    details = [c.detail for c in mine]
+    kept = Kept(name, sorted(sources), prints, args.kept / (args.engines or "all"), details)
     known = kept.read()
     found = [(m, known[m.key]) for m in pool if m.key in known]
     rest = [m for m in pool if m.key not in known]
