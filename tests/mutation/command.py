@@ -247,6 +247,7 @@ def _file(
     known = kept.read()
     found = [(m, known[m.key]) for m in pool if m.key in known]
     rest = [m for m in pool if m.key not in known]
+    rest.sort(key=lambda m: any(e.fits(m) for e in entries))  # these take all checks: last
     began = time.monotonic()
     kills = Counter(o.check for o in known.values())
     runner = Runner(launches, max(1, args.jobs), kills)
