@@ -65,10 +65,10 @@ class Kept:
     sources : sequence of str
         What includes it, or itself.
     prints : dict of str to str
-        The fingerprints of the launches of the file's checks.
+        The fingerprints of what checks launch.
     folder : Path
     details : sequence of str
-        What else the checks depend on.
+        What tells the checks of the file from other ones.
     """
 
     def __init__(
@@ -82,8 +82,7 @@ class Kept:
         texts = [kernels.read(f) for f in sorted(sources)]
         self._place = folder / f"{file}-{_digest([*texts, *_contents(_STAND_IN)])}.jsonl"
         self._prints = prints
-        every = [f"{name} {prints[name]}" for name in sorted(prints)]
-        self._all = _digest([*every, *sorted(details), *_contents(_CHECKS)])
+        self._all = _digest([*sorted(details), *_contents(_CHECKS)])
 
     def read(self) -> dict[str, Outcome]:
         """Return the outcomes by the mutants' keys; of some for one, the last."""
@@ -241,8 +240,8 @@ def _file(
     sources = {name} | {
         one.files[0] for c in every for one in launches[c.name] if name in one.files
     }
-    prints = {c.name: fingerprint(launches[c.name]) for c in mine}
-    details = [c.detail for c in mine]
+    prints = {c.name: fingerprint(launches[c.name]) for c in every}
+    details = [f"{c.name} {prints[c.name]} {c.detail}" for c in mine]
     kept = Kept(name, sorted(sources), prints, args.kept / (args.engines or "all"), details)
     known = kept.read()
     found = [(m, known[m.key]) for m in pool if m.key in known]
