@@ -76,7 +76,7 @@ def drawn(problem: Problem, dtype: str) -> dict[str, np.ndarray]:
         x[:, : problem.x[1] // 2 + 1] = 0
     b = rng.standard_normal(problem.w[-1])
     dy = rng.standard_normal(described(problem, dtype).y_shape)
-    if problem.poison:
+    if problem.poison is not None:
         for array in (x, dy):
             at = problem.poison
             array[0, at, at, 0], array[-1, -1 - at, -2 - at, -1] = np.nan, np.inf
@@ -158,7 +158,7 @@ def _close(
     factor = dispatch.get_engine(engine).error_factor
     sums = 1e-5 * max(1, reduction) ** 0.5 * factor
     value = gpuconv.asnumpy(got)
-    compare = _meet_nan if problem.poison else close
+    compare = _meet_nan if problem.poison is not None else close
     try:
         compare(value, given[name], _TOLERANCES.get(dtype, sums))
     except AssertionError:
@@ -216,7 +216,7 @@ def _convolve(engine: str, problem: Problem, dtype: str) -> None:
             for name, got, reduction in zip(("dx", "dw", "db"), found, reductions, strict=True):
                 if got is not None:
                     _close(engine, problem, dtype, reduction, got, given, name)
-        if not problem.poison:
+        if problem.poison is None:
             _nothing_repaired(cp)
 
 

@@ -178,7 +178,13 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="at once; one a core")
     add("--engines", metavar="LIST", help="only the checks of these; all of them")
     add("--most-checks", type=int, metavar="N", help="try each file on its first N checks only")
-    add("--least", type=float, default=LEAST, metavar="X", help=f"score to reach ({LEAST})")
+    add(
+        "--least",
+        type=float,
+        default=LEAST,
+        metavar="X",
+        help=f"score that each file is to reach ({LEAST})",
+    )
     add("--kept", type=Path, default=KEPT, metavar="DIR", help="where outcomes are kept")
     add("--verbose", action="store_true", help="print every change with what became of it")
     return parser.parse_args(arguments)
@@ -221,10 +227,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"survivors.toml: {line}")
     if lost or any(score.wrong for score in scores):
         return 1
-    if total.share < args.least:
-        print(f"score {100 * total.share:.1f} %, below {100 * args.least:g} %")
-        return 1
-    return 0
+    low = [score for score in scores if score.share < args.least]
+    for score in low:
+        print(f"{score.file}: {100 * score.share:.1f} %, below {100 * args.least:g} %")
+    return 1 if low else 0
 
 
 def _file(

@@ -55,7 +55,7 @@ class Problem:
         Winograd's tile, if not the one of least cost.
     splits : int
         Into how many parts sums of products are divided, if not as predicted to be fastest.
-    poison : int
+    poison : int, optional
         A NaN and an infinity in images and gradients, so far from the edges; they must go where
         the loops send them.
     spread : bool
@@ -78,7 +78,7 @@ class Problem:
     segments: int = 0
     tile: int = 0
     splits: int = 0
-    poison: int = 0
+    poison: int | None = None
     spread: bool = False
     blank: bool = False
 
@@ -170,7 +170,7 @@ PROBLEMS = (
     convolution("depthwise-line", (2, 70, 8), (4, 1, 8), groups=8, padding=((3, 0),)),
     convolution("depthwise-line-odd", (1, 37, 35), (3, 1, 35), groups=35, stride=2, padding=1),
     convolution("depthwise-block", (3, 15, 6, 8), (3, 3, 1, 8), groups=8, padding=1, one_block=True),
-    convolution("depthwise-shares", (6, 5, 6, 128), (3, 3, 1, 128), groups=128, padding=1,
+    convolution("depthwise-shares", (7, 5, 6, 128), (3, 3, 1, 128), groups=128, padding=1,
                 activation=None),
     convolution("depthwise-shares-first", (6, 37, 33, 2), (3, 3, 1, 2), groups=2, first=True,
                 activation=None),
@@ -190,6 +190,8 @@ PROBLEMS = (
                 first=True, bias=False),
     convolution("depthwise-multiplied-3d", (1, 4, 6, 5, 3), (2, 3, 2, 1, 6), groups=3, padding=1),
     convolution("depthwise-poison", (2, 9, 10, 8), (3, 3, 1, 8), groups=8, padding=1, poison=1,
+                activation=None),
+    convolution("depthwise-poison-edge", (2, 9, 11, 8), (3, 3, 1, 8), groups=8, poison=0,
                 activation=None),
     convolution("depthwise-wide", (2, 7, 6, 12), (3, 3, 1, 12), groups=12, padding=1, wide=True),
 )  # fmt: skip
