@@ -189,6 +189,8 @@ PROBLEMS = (
     convolution("depthwise-multiplied-first", (2, 7, 9, 3), (3, 3, 1, 6), groups=3, padding=1,
                 first=True, bias=False),
     convolution("depthwise-multiplied-3d", (1, 4, 6, 5, 3), (2, 3, 2, 1, 6), groups=3, padding=1),
+    convolution("depthwise-3d-first", (2, 4, 5, 6, 3), (3, 2, 3, 1, 3), groups=3, padding=1,
+                first=True),
     convolution("depthwise-poison", (2, 9, 10, 8), (3, 3, 1, 8), groups=8, padding=1, poison=1,
                 activation=None),
     convolution("depthwise-poison-edge", (2, 9, 11, 8), (3, 3, 1, 8), groups=8, poison=0,
