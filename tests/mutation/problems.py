@@ -17,7 +17,7 @@ import numpy as np
 
 import gpuconv
 from gpuconv import settings
-from gpuconv.cuda import kernels, tensor_tiles, tiles
+from gpuconv.cuda import kernels, prepared, tensor_tiles, tiles
 from gpuconv.engines import cuda_arrays, cuda_tensor_core, cuda_winograd_plan
 from gpuconv.functional import _hashable, _plan
 from gpuconv.problem import ConvProblem
@@ -226,6 +226,8 @@ def described(problem: Problem, dtype: str) -> ConvProblem:
 def in_force(problem: Problem, dtype: str) -> ExitStack:
     """Return a context in which engines compute as the problem asks for."""
     stack = ExitStack()
+    prepared.clear()  # launches that were worked out for other settings
+    stack.callback(prepared.clear)
     if problem.wide:
         stack.enter_context(mock.patch.object(cuda_arrays, "WIDE_FROM", 0))
     if problem.limit:
