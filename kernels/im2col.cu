@@ -106,10 +106,9 @@ __device__ __forceinline__ void im2col(const T* x, T* columns, const Shape& s, i
   }
 }
 
-// The output position along an axis whose tap meets input u, or -1.
+// The output position along an axis whose tap meets input u, or a number below 0.
 __device__ __forceinline__ int meets(const Shape& s, int axis, int u, int tap) {
   int i = u + s.before[axis] - tap * s.dilation[axis];
-  if (i < 0) return -1;
   if (s.stride[axis] > 1) {
     const int multiple = i / s.stride[axis];
     if (multiple * s.stride[axis] != i) return -1;

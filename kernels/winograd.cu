@@ -152,10 +152,7 @@ __device__ __forceinline__ void filters(const T* w, typename Sum<T>::type* u, In
                                         bool out_outer, Index run) {
   typedef typename Sum<T>::type S;
   const Index out_group = outputs / groups, size = inputs * outputs;
-  const Index work = (inputs + run - 1) / run * run * outputs;
-  const Index e = Index(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (e >= work) return;
-  const Place at(e, run, outputs);
+  const Place at(Index(blockIdx.x) * blockDim.x + threadIdx.x, run, outputs);
   if (at.a >= inputs) return;
   const Index g = at.b / out_group, o = at.b % out_group;
   const T* from = w + g * step.group + at.a * step.in + o * step.out;
@@ -193,7 +190,7 @@ __device__ __forceinline__ void factors(const T* x, typename Sum<T>::type* v, in
   if (e >= size) return;
   const Place at(e, run, channels);
   const bool inside = at.a < count;
-  const Tile tile(inside ? first + at.a : 0, tile_rows, tile_columns);
+  const Tile tile(first + at.a, tile_rows, tile_columns);
   const int row = tile.row - top, column = tile.column - left;
   const T* from = x + tile.n * step.n + at.b * step.channel;
   S half[WINDOW][EXTENT];
@@ -333,9 +330,7 @@ __device__ __forceinline__ void outputs(const typename Sum<T>::type* products, c
   const int tile_rows = (OH + TILE - 1) / TILE, tile_columns = (OW + TILE - 1) / TILE;
   const Index channels = place.groups * place.per_group, size = place.size();
   const Index run = place.by_channel ? place.per_segment : 1;
-  const Index e = Index(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (e >= size) return;
-  const Place at(e, run, channels);
+  const Place at(Index(blockIdx.x) * blockDim.x + threadIdx.x, run, channels);
   if (at.a >= count) return;
   const Tile tile(first + at.a, tile_rows, tile_columns);
   const S* from = products + place.at(at.a, at.b);

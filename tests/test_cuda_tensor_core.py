@@ -28,6 +28,7 @@ from tests.support import (
     host,
     real_gpu,
 )
+from tests.tensor_core_banks import assert_apart, banks
 
 NAME = "cuda_tensor_core"
 CASE = {c.name: c for c in CASES}
@@ -344,26 +345,6 @@ def test_address_sanitizer_finds_nothing() -> None:
 
 # ----------------------------------------------------------------------------------------- banks
 
-BANKS = """
-// The bytes at which each lane of warp 0 reads, and each of its threads copies.
-extern "C" __global__ void banks(int* a, int* b, int* copies) {
-  const int lane = threadIdx.x;
-#if PASS != WEIGHT_GRAD
-  a[lane] = PieceA::at(lane % 16, lane / 16 * CHUNK);
-#else
-  a[lane] = TF32 ? PieceA::at(lane % 4, lane / 4)
-                 : PieceA::at(lane % 8 + lane / 16 * 8, lane / 8 % 2 * 8);
-#endif
-#if PASS == INPUT_GRAD
-  b[lane] = PieceB::at(lane % 8 + lane / 16 * 8, lane / 8 % 2 * CHUNK);
-#else
-  b[lane] = TF32 ? PieceB::at(lane % 4, lane / 4) : PieceB::at(lane % 16, lane / 16 * 8);
-#endif
-  copies[lane] = PieceA::at(lane / PieceA::PER_ROW, lane % PieceA::PER_ROW * V);
-  copies[32 + lane] = PieceB::at(lane / PieceB::PER_ROW, lane % PieceB::PER_ROW * V);
-}
-"""
-
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("pass_", PASSES)
@@ -372,23 +353,8 @@ def test_no_bank_conflicts(tile: Tile, pass_: str, dtype: str) -> None:
     """Eight 16-byte chunks at once, or 32 floats, lie in 32 different banks."""
     if real_gpu():
         pytest.skip("compiles an additional kernel")
-    size = 4 if dtype == "float32" else 2
-    product = Product(pass_, size, 16, 1, 1, 1, 1, 1, 1)
-    variant = cuda_tensor_core._variant(tile, product, dtype, 2, 80, False, None)
     with device() as xp:
-        module = xp.RawModule(code=variant.source + BANKS, options=variant.options)
-        a, b, copies = xp.zeros(32, "i4"), xp.zeros(32, "i4"), xp.zeros(64, "i4")
-        module.get_function("banks")((1,), (32,), (a, b, copies))
-        read = {"a": pass_ == "weight_grad", "b": pass_ != "input_grad"}
-        for name, values in (("a", a), ("b", b)):
-            places = values.get() * size
-            if dtype == "float32" and read[name]:
-                assert len(set(places // 4 % 32)) == 32, name
-            else:
-                for group in places.reshape(4, 8):
-                    assert len(set(group // 16 % 8)) == 8, name
-        for group in (copies.get() * size).reshape(8, 8):
-            assert len(set(group // 16 % 8)) == 8
+        assert_apart(banks(xp, tile, pass_, dtype))  # type: ignore[arg-type]
 
 
 # ------------------------------------------------------------------------------------- the choice

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ import pytest
 
 from gpuconv.cuda import kernels
 from tests.cuda_on_cpu import compiler_available
-from tests.mutation import survivors
+from tests.mutation import survey, survivors
 from tests.mutation.checks import Check
 from tests.mutation.command import Kept, scored
 from tests.mutation.rules import Mutant, mutants
+from tests.mutation.survey import Launch, chosen, fingerprint
 from tests.mutation.tokens import tokenise
-from tests.mutation.trial import Launch, Outcome, chosen
+from tests.mutation.trial import Outcome
 
 ROOT = Path(__file__).parents[1]
 SOURCES = {
@@ -162,35 +164,52 @@ def test_a_listed_survivor_has_a_reason(tmp_path: Path) -> None:
 
 
 def test_outcomes_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where a run was cut off; what survived is tried again when the checks change."""
-    kept = Kept("common.cuh", ["conv_atomic.cu"], tmp_path)
-    kept.add(made_up("one"), Outcome("caught", "a", "how", 1.0))
+    """Also where a run was cut off; each as long as what it rests on stays the same."""
+
+    def kept(checks: dict[str, str], details: tuple[str, ...] = ()) -> Kept:
+        return Kept("common.cuh", ["conv_atomic.cu"], checks, tmp_path, details)
+
+    first = kept({"a": "1"})
+    first.add(made_up("one"), Outcome("caught", "a", "how", 1.0))
     other = Mutant("f.cu", 3, "index", 5, 6, "y", "", "")
-    kept.add(other, Outcome("survived"))
+    first.add(other, Outcome("survived"))
     (file,) = tmp_path.iterdir()
     with file.open("a") as stream:
         stream.write('{"key": "0:9:cut o')
-    again = Kept("common.cuh", ["conv_atomic.cu"], tmp_path)
-    assert again.read() == {
+    assert kept({"a": "1"}).read() == {
         made_up().key: Outcome("caught", "a", "how", 1.0), other.key: Outcome("survived"),
     }  # fmt: skip
+    # Another check may notice what survived; a check that launches something else says nothing.
+    assert set(kept({"a": "1", "b": "1"}, ("b 1",)).read()) == {made_up().key}
+    assert set(kept({"a": "2"}, ("a 2",)).read()) == set()
     monkeypatch.setattr("tests.mutation.command._CHECKS", ("tests/mutation/rules.py",))
-    assert set(Kept("common.cuh", ["conv_atomic.cu"], tmp_path).read()) == {made_up().key}
+    assert set(kept({"a": "1"}).read()) == {made_up().key}
     monkeypatch.setattr(kernels, "read", lambda f: "changed")
-    assert Kept("common.cuh", ["conv_atomic.cu"], tmp_path).read() == {}
+    assert kept({"a": "1"}).read() == {}
 
 
-def test_checks_are_chosen_by_topic_and_constant() -> None:
+def test_what_a_check_launches_has_a_fingerprint() -> None:
+    one = Launch(("a.cu",), ("-DN=1",), "k", "(1,) (32,) ['float32(2, 3)(12, 4)'] 0")
+    assert fingerprint([one]) == fingerprint([one])
+    for name, value in (("files", ("b.cu",)), ("options", ()), ("kernel", "l"), ("call", "")):
+        assert fingerprint([one]) != fingerprint([replace(one, **{name: value})])  # type: ignore[arg-type]
+
+
+def test_checks_are_chosen_by_topic_and_constant(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(survey, "_words", lambda file: {"N"})
+
     def launch(*options: str, kernel: str = "k") -> tuple[Launch, ...]:
         return (Launch(("a.cu", "common.cuh"), options, kernel),)
 
     launches = {
         "1": launch("-DN=1"), "2": launch("-DN=1"), "3": launch("-DN=2"), "4": launch("-DN=2"),
         "5": launch("-DN=1", kernel="other"), "6": (Launch(("b.cu",), ("-DN=9",), "b"),),
+        "7": launch("-DN=3") + launch("-DN=4", kernel="third"), "8": launch("-DM=1"),
     }  # fmt: skip
-    every = [Check(n, t, str) for n, t in zip("123456", "xxxyyz", strict=True)]
-    assert [c.name for c in chosen("a.cu", every, launches)] == ["1", "3", "4", "5"]
-    assert [c.name for c in chosen("common.cuh", every, launches)] == ["1", "3", "5"]
+    every = [Check(n, t, str) for n, t in zip("12345678", "xxxyyzxx", strict=True)]
+    # What adds most comes first.
+    assert [c.name for c in chosen("a.cu", every, launches)] == ["7", "5", "3", "1", "4"]
+    assert [c.name for c in chosen("common.cuh", every, launches)] == ["7", "5", "3", "1", "4"]
     assert [c.name for c in chosen("b.cu", every, launches)] == ["6"]
 
 
@@ -243,7 +262,8 @@ def test_a_wrong_name_and_a_score_that_is_not_reached(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 1, done.stdout + done.stderr
     assert "below 110 %" in done.stdout
-    assert list(tmp_path.iterdir()) == []
+    kept = [line for f in tmp_path.rglob("*.jsonl") for line in f.read_text().splitlines()]
+    assert not any('"survived"' in line for line in kept)  # by one check of many
 
 
 def test_what_never_ends_and_what_crashes_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:

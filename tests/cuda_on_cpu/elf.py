@@ -50,8 +50,9 @@ def _read(data: bytes) -> Iterator[Symbol]:
 
 
 def variables(path: Path) -> list[Symbol]:
-    """Return what can be written in the library, the exported descriptions left out."""
-    return [s for s in _objects(path) if s.writable and not s.name.startswith("cuda_on_cpu_")]
+    """Return what can be written in the library, but for what the compiler and we put there."""
+    ours = ("cuda_on_cpu_", "DW.ref.")
+    return [s for s in _objects(path) if s.writable and not s.name.startswith(ours)]
 
 
 def anchor(path: Path, name: str) -> int:

@@ -17,7 +17,8 @@ from gpuconv.cuda import kernels
 from tests.mutation import survivors
 from tests.mutation.checks import Check, checks
 from tests.mutation.rules import Mutant, mutants
-from tests.mutation.trial import Launch, Outcome, Runner, chosen, survey
+from tests.mutation.survey import Launch, chosen, fingerprint, survey
+from tests.mutation.trial import Outcome, Runner
 
 __all__ = ["Score", "main", "scored"]
 
@@ -25,8 +26,14 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 KEPT = ROOT / "build" / "mutation"
 LEAST = 0.95
 
-#: What an outcome depends on beside the kernels' own text.
-_ENGINES = ("gpuconv/cuda/*.py", "gpuconv/engines/cuda*.py", "tests/cuda_on_cpu/**/*")
+#: How kernels run, on which an outcome depends beside their text and what is launched.
+_STAND_IN = (
+    "tests/cuda_on_cpu/runtime/**/*",
+    "tests/cuda_on_cpu/build.py",
+    "tests/cuda_on_cpu/launch.py",
+)
+
+#: How checks compare, and what is watched: what no check noticed is tried again when these change.
 _CHECKS = ("tests/mutation/checks.py", "tests/mutation/trial.py")
 
 
@@ -48,16 +55,37 @@ def _contents(patterns: Sequence[str]) -> list[bytes]:
 class Kept:
     """What became of a file's mutants in runs before, on disk.
 
-    What was caught stays so when checks are added; what survived is tried again.
+    What was caught stays so as long as the check that noticed it launches the same kernels with
+    the same arguments, whatever else is added; what survived is tried again when there are other
+    checks.
+
+    Parameters
+    ----------
+    file : str
+    sources : sequence of str
+        What includes it, or itself.
+    prints : dict of str to str
+        The fingerprints of what checks launch.
+    folder : Path
+    details : sequence of str
+        What tells the checks of the file from other ones.
     """
 
-    def __init__(self, file: str, sources: Sequence[str], folder: Path) -> None:
+    def __init__(
+        self,
+        file: str,
+        sources: Sequence[str],
+        prints: dict[str, str],
+        folder: Path,
+        details: Sequence[str] = (),
+    ) -> None:
         texts = [kernels.read(f) for f in sorted(sources)]
-        self._place = folder / f"{file}-{_digest([*texts, *_contents(_ENGINES)])}.jsonl"
-        self._checks = _digest(_contents(_CHECKS))
+        self._place = folder / f"{file}-{_digest([*texts, *_contents(_STAND_IN)])}.jsonl"
+        self._prints = prints
+        self._all = _digest([*sorted(details), *_contents(_CHECKS)])
 
     def read(self) -> dict[str, Outcome]:
-        """Return the outcomes by the mutants' keys."""
+        """Return the outcomes by the mutants' keys; of some for one, the last."""
         found: dict[str, Outcome] = {}
         if self._place.exists():
             for line in self._place.read_text(encoding="utf-8").splitlines():
@@ -66,16 +94,24 @@ class Kept:
                 except ValueError:  # cut off when the run was
                     continue
                 outcome = Outcome(**row["outcome"])
-                if outcome.status in ("caught", "no build") or row["checks"] == self._checks:
+                if row["launches"] == self._launches(outcome):
                     found[row["key"]] = outcome
         return found
 
     def add(self, mutant: Mutant, outcome: Outcome) -> None:
         """Append one."""
         self._place.parent.mkdir(parents=True, exist_ok=True)
-        row = {"key": mutant.key, "checks": self._checks, "outcome": asdict(outcome)}
+        row = {
+            "key": mutant.key, "launches": self._launches(outcome), "outcome": asdict(outcome),
+        }  # fmt: skip
         with open(self._place, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+
+    def _launches(self, outcome: Outcome) -> str:
+        """Return the fingerprint of what an outcome rests on."""
+        if outcome.status == "no build":
+            return ""
+        return self._prints.get(outcome.check, "") if outcome.status == "caught" else self._all
 
 
 @dataclass
@@ -142,7 +178,13 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="at once; one a core")
     add("--engines", metavar="LIST", help="only the checks of these; all of them")
     add("--most-checks", type=int, metavar="N", help="try each file on its first N checks only")
-    add("--least", type=float, default=LEAST, metavar="X", help=f"score to reach ({LEAST})")
+    add(
+        "--least",
+        type=float,
+        default=LEAST,
+        metavar="X",
+        help=f"score that each file is to reach ({LEAST})",
+    )
     add("--kept", type=Path, default=KEPT, metavar="DIR", help="where outcomes are kept")
     add("--verbose", action="store_true", help="print every change with what became of it")
     return parser.parse_args(arguments)
@@ -185,10 +227,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"survivors.toml: {line}")
     if lost or any(score.wrong for score in scores):
         return 1
-    if total.share < args.least:
-        print(f"score {100 * total.share:.1f} %, below {100 * args.least:g} %")
-        return 1
-    return 0
+    low = [score for score in scores if score.share < args.least]
+    for score in low:
+        print(f"{score.file}: {100 * score.share:.1f} %, below {100 * args.least:g} %")
+    return 1 if low else 0
 
 
 def _file(
@@ -200,20 +242,28 @@ def _file(
     args: argparse.Namespace,
 ) -> Score:
     """Try the mutants of a file, but for those that are known from before."""
-    mine = chosen(name, every, launches)[: args.most_checks]
+    mine = chosen(name, every, launches)
     sources = {name} | {
         one.files[0] for c in every for one in launches[c.name] if name in one.files
     }
-    kept = Kept(name, sorted(sources), args.kept / (args.engines or "all"))
-    # Fewer checks than all of them notice less: such outcomes are no one else's.
-    known = {} if args.most_checks else kept.read()
+    prints = {c.name: fingerprint(launches[c.name]) for c in every}
+    details = [f"{c.name} {prints[c.name]} {c.detail}" for c in mine]
+    kept = Kept(name, sorted(sources), prints, args.kept / (args.engines or "all"), details)
+    known = kept.read()
     found = [(m, known[m.key]) for m in pool if m.key in known]
     rest = [m for m in pool if m.key not in known]
+    rest.sort(key=lambda m: any(e.fits(m) for e in entries))  # these take all checks: last
     began = time.monotonic()
-    runner = Runner(launches, max(1, args.jobs))
-    for mutant, outcome in runner.run(rest, mine) if rest else ():
+    kills = Counter(o.check for o in known.values())
+    runner = Runner(launches, max(1, args.jobs), kills)
+    for mutant, outcome in runner.run(rest, mine[: args.most_checks]) if rest else ():
         found.append((mutant, outcome))
-        if not args.most_checks:
+        # Fewer checks than all of them notice less: what they do not notice is open still.
+        if (
+            args.most_checks is None
+            or args.most_checks >= len(mine)
+            or outcome.status in ("caught", "no build")
+        ):
             kept.add(mutant, outcome)
         if args.verbose:
             print(f"{outcome.status:9} {mutant}  [{outcome.check} {outcome.how}]", flush=True)

@@ -19,7 +19,8 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,107 +28,22 @@ from typing import Any, NoReturn
 from unittest import mock
 
 from gpuconv.cuda import kernels
-from tests.cuda_on_cpu import CompileError, build, launch
+from tests.cuda_on_cpu import CompileError, build
 from tests.mutation.checks import Check
 from tests.mutation.rules import Mutant
+from tests.mutation.survey import Launch
 
-__all__ = ["Launch", "Outcome", "Runner", "chosen", "survey"]
+__all__ = ["Outcome", "Runner"]
 
 #: Seconds of CPU time that a check of a broken kernel may compute, and that a process may be silent.
 CPU_LIMIT, SILENCE = 4.0, 120.0
+#: So many checks are passed before a look at the machine code tells whether more of them make sense.
+PATIENCE = 3
+
+#: Beside what the checking mode watches, the bounds of arrays in registers, as the mode ``asan`` does.
+_BOUNDS = ("-fsanitize=bounds", "-fsanitize-undefined-trap-on-error")
 
 _FILE = re.compile(r'^#line \d+ "([\w.]+)"', re.MULTILINE)
-
-
-@dataclass(frozen=True)
-class Launch:
-    """A kernel that a check launches: its file with all that is included, options and name."""
-
-    files: tuple[str, ...]  # the first is the source
-    options: tuple[str, ...]
-    kernel: str
-
-    @property
-    def variant(self) -> tuple[str, tuple[str, ...]]:
-        """What is compiled."""
-        return self.files[0], self.options
-
-    def features(self, file: str) -> Iterator[str]:
-        """Yield what a selection of checks for a file should have met at least once.
-
-        A constant of a source that includes it means the same to a header whatever the source.
-        """
-        source = file if file == self.files[0] else "any"
-        yield self.kernel
-        dtype = next((o for o in self.options if "DTYPE" in o), "")
-        for option in self.options:
-            paired = dtype if option.startswith("-DACT=") else ""
-            yield f"{source} {option} {paired}"
-
-
-class _Recorder:
-    """In the place of a kernel: does nothing."""
-
-    max_threads_per_block = 1024
-
-    def __call__(self, *args: Any, **options: Any) -> None:
-        pass
-
-    def __getattr__(self, name: str) -> Any:
-        return 0
-
-
-def survey(checks: Sequence[Check]) -> dict[str, tuple[Launch, ...]]:
-    """Return what each check launches; nothing is compiled or computed for it."""
-    found: dict[str, tuple[Launch, ...]] = {}
-    seen: dict[Launch, None] = {}
-
-    def get_function(module: Any, name: str) -> _Recorder:
-        files = tuple(dict.fromkeys(_FILE.findall(module.code)))
-        seen[Launch(files, tuple(module.options), name)] = None
-        return _Recorder()
-
-    with (
-        mock.patch.object(launch.RawModule, "get_function", get_function),
-        mock.patch("tests.mutation.checks.close"),
-        mock.patch("tests.mutation.checks._close"),
-        mock.patch("tests.mutation.checks._oracle", _unknown),
-    ):
-        for check in checks:
-            seen.clear()
-            check.run()
-            found[check.name] = tuple(seen)
-    return found
-
-
-def _unknown(problem: Any, dtype: str) -> Any:
-    """Return inputs without the loops' results."""
-    from tests.mutation.checks import drawn
-
-    return drawn(problem, dtype)
-
-
-def chosen(
-    file: str, checks: Sequence[Check], launches: dict[str, tuple[Launch, ...]]
-) -> list[Check]:
-    """Return the checks that a file's mutants are tried on.
-
-    Every topic that reaches the file once, if it is a source and no header, and what else it takes
-    to meet every kernel, every value of every compile-time constant, and every activation in every
-    dtype that a topic has it in.
-    """
-    topics: set[str] = set()
-    features: set[str] = set()
-    made = []
-    for check in checks:
-        mine = [one for one in launches[check.name] if file in one.files]
-        source = any(one.files[0] == file for one in mine)
-        new = {f for one in mine for f in one.features(file)} - features
-        if new or (source and check.topic not in topics):
-            made.append(check)
-            topics.add(check.topic)
-            features |= new
-    return made
 
 
 @dataclass(frozen=True)
@@ -158,17 +74,22 @@ class _Library:
     def __init__(self, folder: Path, original: Callable[[str], str]) -> None:
         self._folder, self._original = folder, original
         self._real = build.kernel_library
-        self._texts: dict[tuple[str, tuple[str, ...], str], tuple[str, str]] = {}
-        self._made: dict[tuple[str, tuple[str, ...], str], Path] = {}
+        self._texts: dict[tuple[str, tuple[str, ...], str, str], tuple[str, str]] = {}
+        self._same: set[tuple[str, tuple[str, ...]]] = set()
 
-    def texts(self, file: str, options: Sequence[str], mode: str) -> tuple[str, str]:
-        """Return the preprocessed text of a variant before and after the change."""
-        key = file, tuple(options), mode
+    def texts(
+        self, file: str, options: Sequence[str], mode: str, more: str = ""
+    ) -> tuple[str, str]:
+        """Return the preprocessed text of a variant before and after the change.
+
+        ``more`` is what a check writes behind it.
+        """
+        key = file, tuple(options), mode, more
         if key not in self._texts:
             defines = [o for o in options if o[:2] in ("-D", "-U")]
             self._texts[key] = (
-                preprocessed(self._original(file), tuple(defines), mode),
-                build._preprocess(kernels.read(file), defines, mode),
+                preprocessed(self._original(file) + more, tuple(defines), mode),
+                build._preprocess(kernels.read(file) + more, defines, mode),
             )
         return self._texts[key]
 
@@ -178,25 +99,29 @@ class _Library:
 
     def __call__(self, source: str, options: Sequence[str], mode: str) -> Path:
         file = _FILE.findall(source)[0]
-        old, new = self.texts(file, options, mode)
+        more = source.removeprefix(kernels.read(file))
+        old, new = self.texts(file, options, mode, more)
         if old == new:
-            return self._real(self._original(file), options, mode)
-        key = file, tuple(options), mode
-        if key not in self._made:
-            self._made[key] = self._compiled(new, mode)
-        return self._made[key]
+            return self._real(self._original(file) + more, options, mode)
+        return self._compiled(new, mode)
 
     def _compiled(self, text: str, mode: str) -> Path:
         place = self._folder / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}-{mode}.so"
-        build._compile(text, mode, build._runtime_library(mode), place)
+        if not place.exists():
+            flags = [*build._MODE_FLAGS[mode], *(_BOUNDS if mode == "checked" else ())]
+            with mock.patch.dict(build._MODE_FLAGS, {mode: flags}):
+                build._compile(text, mode, build._runtime_library(mode), place)
         return place
 
     def same_code(self, variants: Sequence[tuple[str, tuple[str, ...]]]) -> bool:
         """Return whether all variants compile to the same machine code as before."""
-        for file, options in variants:
-            old, new = self.texts(file, options, "fast")
+        for variant in variants:
+            if variant in self._same:
+                continue
+            old, new = self.texts(*variant, "fast")
             if old != new and _machine_code(old) != self._compiled(new, "fast").read_bytes():
                 return False
+            self._same.add(variant)
         return True
 
 
@@ -225,13 +150,20 @@ class Runner:
         Of :func:`survey`.
     jobs : int
         How many at once.
+    kills : mapping of str to int, optional
+        How many mutants each check noticed before; those that notice much come first.
     """
 
-    def __init__(self, launches: dict[str, tuple[Launch, ...]], jobs: int) -> None:
+    def __init__(
+        self,
+        launches: dict[str, tuple[Launch, ...]],
+        jobs: int,
+        kills: Mapping[str, int] | None = None,
+    ) -> None:
         self._launches, self._jobs = launches, jobs
         self._kernels = kernels.folder()
         self._sound: set[str] = set()
-        self._kills: dict[str, int] = {}
+        self._kills = Counter(kills or {})
         self._last: list[str] = []
 
     def run(
@@ -245,10 +177,12 @@ class Runner:
             If a check that noticed a mutant does not pass on the kernels as they are.
         """
         for check in checks:  # what all processes start from
+            check.prepare()
             for one in self._launches[check.name]:
                 defines = tuple(o for o in one.options if o[:2] in ("-D", "-U"))
                 preprocessed(kernels.read(one.files[0]), defines, "checked")
         waiting = list(reversed(mutants))
+        last = time.monotonic()
         running: dict[int, _Process] = {}
         with tempfile.TemporaryDirectory(prefix="gpuconv-mutation-") as place:
             try:
@@ -260,7 +194,12 @@ class Runner:
                         )
                         running[process.pipe] = process
                     ready, _, _ = select.select(list(running), [], [], 1.0)
-                    for pipe in [*ready, *(p for p, r in running.items() if r.silent())]:
+                    now = time.monotonic()
+                    for process in running.values():
+                        process.quiet += min(now - last, 2.0)  # all of this may have been stopped
+                    last = now
+                    silent = [p for p, r in running.items() if r.silent()]
+                    for pipe in dict.fromkeys([*ready, *silent]):
                         process = running[pipe]
                         outcome = process.read()
                         if outcome is None:
@@ -274,13 +213,13 @@ class Runner:
 
     def _ordered(self, checks: Sequence[Check]) -> list[Check]:
         """Return the checks in the order in which they probably notice something."""
-        return sorted(checks, key=lambda c: (c.name not in self._last, -self._kills.get(c.name, 0)))
+        return sorted(checks, key=lambda c: (c.name not in self._last, -self._kills[c.name]))
 
     def _note(self, outcome: Outcome, checks: Sequence[Check]) -> None:
         if outcome.status != "caught":
             return
         name = outcome.check
-        self._kills[name] = self._kills.get(name, 0) + 1
+        self._kills[name] += 1
         self._last = [name, *(n for n in self._last if n != name)][:2]
         if name not in self._sound:
             check = next(c for c in checks if c.name == name)
@@ -306,6 +245,7 @@ class Runner:
         library = _Library(place, sources.__getitem__)
         build.kernel_library = library
         altered: dict[tuple[str, tuple[str, ...]], None] = {}
+        passed, same = 0, True
         for check in checks:
             variants = {
                 one.variant: None for one in self._launches[check.name] if mutant.file in one.files
@@ -314,6 +254,10 @@ class Runner:
             if not mine:
                 continue
             altered.update(dict.fromkeys(mine))
+            if passed >= PATIENCE and same:
+                same = library.same_code(list(altered))
+                if same:
+                    continue
             say(check=check.name)
             signal.setitimer(signal.ITIMER_VIRTUAL, CPU_LIMIT)
             try:
@@ -327,10 +271,12 @@ class Runner:
                 return
             finally:
                 signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+            passed += 1
         if not altered:
             say(status="unseen")
         else:
-            say(status="same code" if library.same_code(list(altered)) else "survived")
+            same = same and library.same_code(list(altered))
+            say(status="same code" if same else "survived")
 
 
 class _Process:
@@ -342,7 +288,8 @@ class _Process:
         self._folder = Path(tempfile.mkdtemp(dir=place))
         self._text = b""
         self._pid = 0
-        self._began = self._heard = time.monotonic()
+        self._began = time.monotonic()
+        self.quiet = 0.0  # seconds since something was heard
 
     def start(self, work: Callable[..., None], checks: Sequence[Check], others: list[int]) -> None:
         """Fork; the child does the work and ends."""
@@ -378,7 +325,7 @@ class _Process:
 
     def silent(self) -> bool:
         """Return whether nothing was heard for too long."""
-        return time.monotonic() - self._heard > SILENCE
+        return self.quiet > SILENCE
 
     def read(self) -> Outcome | None:
         """Return the outcome, if it is over."""
@@ -386,7 +333,7 @@ class _Process:
             self.kill()
         else:
             part = os.read(self.pipe, 1 << 16)
-            self._heard = time.monotonic()
+            self.quiet = 0.0
             self._text += part
             if part:
                 return None
