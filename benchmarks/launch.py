@@ -98,6 +98,9 @@ class _Library(Absent):
         self.cuda.cublas = SimpleNamespace(gemmStridedBatchedEx=Idle.product)
         self.cuda.get_cublas_handle = lambda: 1
         module = SimpleNamespace(get_function=lambda name: Idle.kernel)
+        self.libcuda = SimpleNamespace(
+            cuTensorMapEncodeTiled=lambda *_: 0, cuTensorMapEncodeIm2col=lambda *_: 0
+        )
         self.RawModule = lambda **options: module
         self.zeros = self._zeros
 

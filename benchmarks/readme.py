@@ -8,7 +8,6 @@ from typing import Any
 
 from benchmarks import layers, predict
 from benchmarks.gpu.pages import goals_table, means_table
-from benchmarks.machine import compiled_stem, slug
 from benchmarks.net import best_torch
 from benchmarks.report import PASS_TITLES, memory, number, overhead, summary
 
@@ -17,7 +16,7 @@ __all__ = ["gpu_section", "readme_section", "update_readme"]
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def readme_section(result: dict[str, Any], net: dict[str, Any] | None, folder: str) -> str:
+def readme_section(result: dict[str, Any], net: dict[str, Any] | None, page: str) -> str:
     """Return what the README quotes: the geometric means of the passes beside each peer."""
     machine, options = result["machine"], result["options"]
     versions = {n: v for f in result["peers"].values() for n, v in f.get("versions", {}).items()}
@@ -28,7 +27,7 @@ def readme_section(result: dict[str, Any], net: dict[str, Any] | None, folder: s
         f"{versions.get('numpy', '')}, {torch}each peer in its own process, in turn. A number is a "
         "peer's time over gpuconv's (above 1, gpuconv is the faster): the geometric mean over the "
         "layers, in brackets the least. "
-        f"[All layers]({folder}/{slug(machine)}{compiled_stem(result)}.md).",
+        f"[All layers]({page}).",
         "",
     ]
     for dtype in options["dtypes"]:
@@ -108,13 +107,13 @@ def update_readme(readme: Path, results: Path) -> bool:
     ]
     folder = results.relative_to(readme.parent).as_posix()
     sections = []
-    for _, result in whole:
+    for stem, result in whole:
         if "rows" not in result:
             continue  # a GPU's check
-        nets = results / f"{slug(result['machine'])}{compiled_stem(result)}-net.json"
+        nets = results / f"{stem}-net.json"
         net = json.loads(nets.read_text(encoding="utf-8")) if nets.exists() else None
-        sections.append(readme_section(result, net, folder))
-        stem = f"{slug(result['machine'])}{compiled_stem(result)}-layers"
+        sections.append(readme_section(result, net, f"{folder}/{stem}.md"))
+        stem = f"{stem}-layers"
         others = results / f"{stem}.json"
         if others.exists():
             timed = json.loads(others.read_text(encoding="utf-8"))

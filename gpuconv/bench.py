@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 __all__ = ["add_arguments", "main"]
 
+#: Options that only the suite of convolutions has.
+_OF_SUITE = ("list", "quick", "shapes", "suite", "peers", "scaling")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``gpuconv bench``."""
@@ -98,6 +101,15 @@ def main(args: argparse.Namespace) -> int:
     from benchmarks.peers import PEERS
 
     threads = get_num_threads() if args.threads is None else args.threads
+    suites = [name for name in _OF_SUITE if getattr(args, name)]
+    if (args.net or args.layers) and (suites or args.net == args.layers):
+        other = f"--{suites[0]}" if suites else "--net"
+        print(
+            f"gpuconv bench: {other} was given with --{'layers' if args.layers else 'net'}, which "
+            "is a run of its own; expected one of them",
+            file=sys.stderr,
+        )
+        return 2
     try:
         if args.net:
             trained = net.run(

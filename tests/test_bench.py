@@ -278,12 +278,13 @@ def test_exponents():
 def test_children_have_equal_threads_and_untuned_blas(monkeypatch):
     base = {
         "PATH": "/bin", "OPENBLAS_CORETYPE": "Haswell", "OPENBLAS_L2_SIZE": "512",
-        "OMP_PROC_BIND": "true", "MKL_NUM_THREADS": "9", "GPUCONV_NUM_THREADS": "7", "HOME": "/h",
+        "OMP_PROC_BIND": "false", "MKL_NUM_THREADS": "9", "GPUCONV_NUM_THREADS": "7", "HOME": "/h",
     }  # fmt: skip
     made = environment(3, base)
     assert made["PATH"] == "/bin"
     assert made["HOME"] == "/h"
-    assert not {"OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "OMP_PROC_BIND"} & set(made)
+    assert not {"OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"} & set(made)
+    assert made["OMP_PROC_BIND"] == "true"  # each of OpenMP's threads on a core of its own
     assert {v for k, v in made.items() if k.endswith("_THREADS")} == {"3"}
     assert made["GPUCONV_DEVICE"] == "cpu"
 
@@ -359,6 +360,9 @@ def command(*arguments):
         (["--suite", "/nowhere/suite.toml"], "/nowhere/suite.toml cannot be read: No such file"),
         (["--shapes", "unet_*", "--scaling"], "expected a chosen layer that is not transposed"),
         (["--net", "--threads", "0"], "threads is 0; expected 1 to"),
+        (["--layers", "--list"], "--list was given with --layers"),
+        (["--net", "--shapes", "lenet*"], "--shapes was given with --net"),
+        (["--net", "--layers"], "--net was given with --layers"),
         (["--net", "--repeat", "7"], "steps is 50; expected a multiple of the 7 rounds"),
     ],
 )  # fmt: skip

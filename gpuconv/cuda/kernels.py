@@ -29,6 +29,7 @@ __all__ = [
     "has_activation",
     "launch",
     "prepare",
+    "unusable",
     "read",
     "variants",
 ]
@@ -41,6 +42,8 @@ _lock = threading.Lock()
 _modules: dict[tuple[int, Variant], Any] = {}
 _functions: dict[tuple[int, Variant, str], Any] = {}
 _multiprocessors: dict[int, int] = {}
+#: Compute capabilities whose own instructions this driver or compiler turned out not to know.
+unusable: set[int] = set()
 #: Dynamic shared memory, in bytes, that kernels have been allowed; unasked they have 48 KiB.
 _allowed: dict[tuple[int, Variant, str], int] = {}
 _UNASKED = 48 * 1024
@@ -248,13 +251,14 @@ def launch(
 
 
 def clear() -> None:
-    """Forget what was compiled, and what was prepared with it."""
+    """Forget what was compiled or could not be, and what was prepared with it."""
     prepared.clear()
     with _lock:
         _modules.clear()
         _functions.clear()
         _allowed.clear()
         _multiprocessors.clear()
+        unusable.clear()
 
 
 def variants() -> Iterator[Variant]:

@@ -194,9 +194,6 @@ def _products(
     return made, rows, chunks
 
 
-_unusable: set[str] = set()
-
-
 def chosen(problem: ConvProblem, pass_: Pass, gpu: GPU, room: int) -> Choice | None:
     """Return the tile of the least predicted time, or None where this is no way to do it.
 
@@ -208,7 +205,7 @@ def chosen(problem: ConvProblem, pass_: Pass, gpu: GPU, room: int) -> Choice | N
     room : int
         Bytes that the sums of splits may take.
     """
-    if gpu.capability != CAPABILITY or _unusable:
+    if gpu.capability != CAPABILITY or CAPABILITY in kernels.unusable:
         return None
     if not _covered(problem, pass_):
         return None
@@ -448,10 +445,10 @@ def launcher(
         kernels.function(variant, name, device)
     except Exception as error:  # whatever NVRTC or the driver says: there is another way
         reason = error
-    if reason is not None or _unusable:
-        if not _unusable:
+    if reason is not None:
+        if CAPABILITY not in kernels.unusable:
             _log.warning("no kernels for sm_90a, those for sm_90 are used: %s", reason)
-        _unusable.add(name)
+        kernels.unusable.add(CAPABILITY)
         return None
     xp = runtime.cupy()
     launch = kernels.prepare(
