@@ -29,8 +29,8 @@ __all__ = [
     "has_activation",
     "launch",
     "prepare",
-    "unusable",
     "read",
+    "unusable",
     "variants",
 ]
 
