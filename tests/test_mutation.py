@@ -232,18 +232,18 @@ def compiler(request: pytest.FixtureRequest) -> None:
 
 def test_a_sample_of_a_kernel(tmp_path: Path) -> None:
     done = command(
-        "--engines", "cuda_atomic", "--file", "conv_atomic.cu", "--sample", "6", "--seed", "3", "--verbose", kept=tmp_path
+        "--engines", "cuda_atomic", "--file", "conv_atomic.cu", "--sample", "4", "--seed", "3", "--verbose", kept=tmp_path
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     caught = re.findall(r"^caught +conv_atomic.cu:\d+: .* \[cuda_atomic/", done.stdout, re.M)
-    assert len(caught) >= 4, done.stdout
+    assert len(caught) >= 3, done.stdout
     again = command(
         "--engines",
         "cuda_atomic",
         "--file",
         "conv_atomic.cu",
         "--sample",
-        "6",
+        "4",
         "--seed",
         "3",
         kept=tmp_path,
