@@ -8,10 +8,9 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from numba import njit
+from numba import carray
 from numba.extending import register_jitable
 
-from gpuconv import compiled
 from gpuconv.compiled.functions import (
     STAMP,
     exp,
@@ -23,10 +22,11 @@ from gpuconv.compiled.functions import (
     normal_argument,
     weighted,
 )
+from gpuconv.engines.numba_memory import floats_at, numbers_at
+from gpuconv.engines.numba_team_loops import job
 
 __all__ = ["loop"]
 
-Array = Any
 _f32 = np.float32
 _ZERO, _ONE, _HALF, _TWO, _THREE = (_f32(v) for v in (0, 1, 0.5, 2, 3))
 _FIFTH = _f32(0.2)
@@ -169,8 +169,8 @@ _FORMULAS: dict[tuple[str, str], Callable[..., Any]] = {
 
 
 @cache
-def loop(kind: str, name: str, at: int) -> Callable[..., None] | None:
-    """Return a loop over elements, or None where NumPy's way is as good.
+def loop(kind: str, name: str, at: int) -> int | None:
+    """Return a job that computes elements, or None where NumPy's way is as good.
 
     Parameters
     ----------
@@ -182,54 +182,70 @@ def loop(kind: str, name: str, at: int) -> Callable[..., None] | None:
 
     Returns
     -------
-    callable
-        Of the result, of the arguments but the one in whose place it goes, and of two numbers.
+    int
+        A job for :func:`gpuconv.engines.numba_team.run`. It takes the addresses of the result, of
+        the arguments but the one in whose place it goes, and of two numbers; before them, how
+        many elements there are.
     """
     f = _FORMULAS.get((kind, name))
     if f is None:
         return None
-    # A loop is compiled anew when the functions in it have changed.
-    options, stamp = compiled.OPTIONS, STAMP
+    # What is computed in place is given once: a loop that wrote to what it also reads under
+    # another name would not be vectorised.
 
     if kind == "value" and at < 0:
 
-        @njit(**options)
-        def run(out: Array, z: Array, start: int, stop: int, a: Any, b: Any) -> None:
-            to, z = out[start:stop], z[start:stop]
-            for i in range(to.size if stamp else 0):
+        def run(at_job, share, count, worker):
+            given = carray(numbers_at(at_job), 4)
+            start, stop = given[0] * share // count, given[0] * (share + 1) // count
+            a, b = carray(floats_at(given[3]), 2)
+            to = carray(floats_at(given[1]), given[0])[start:stop]
+            z = carray(floats_at(given[2]), given[0])[start:stop]
+            for i in range(to.size):
                 to[i] = f(z[i], a, b)
 
     elif kind == "value":
 
-        @njit(**options)
-        def run(out: Array, start: int, stop: int, a: Any, b: Any) -> None:
-            to = out[start:stop]
-            for i in range(to.size if stamp else 0):
+        def run(at_job, share, count, worker):
+            given = carray(numbers_at(at_job), 3)
+            start, stop = given[0] * share // count, given[0] * (share + 1) // count
+            a, b = carray(floats_at(given[2]), 2)
+            to = carray(floats_at(given[1]), given[0])[start:stop]
+            for i in range(to.size):
                 to[i] = f(to[i], a, b)
 
     elif at < 0:
 
-        @njit(**options)
-        def run(out: Array, dy: Array, y: Array, start: int, stop: int, a: Any, b: Any) -> None:
-            to, dy, y = out[start:stop], dy[start:stop], y[start:stop]
-            for i in range(to.size if stamp else 0):
+        def run(at_job, share, count, worker):
+            given = carray(numbers_at(at_job), 5)
+            start, stop = given[0] * share // count, given[0] * (share + 1) // count
+            a, b = carray(floats_at(given[4]), 2)
+            to = carray(floats_at(given[1]), given[0])[start:stop]
+            dy = carray(floats_at(given[2]), given[0])[start:stop]
+            y = carray(floats_at(given[3]), given[0])[start:stop]
+            for i in range(to.size):
                 to[i] = f(dy[i], y[i], a, b)
 
     elif at == 0:
 
-        @njit(**options)
-        def run(out: Array, y: Array, start: int, stop: int, a: Any, b: Any) -> None:
-            to, y = out[start:stop], y[start:stop]
-            for i in range(to.size if stamp else 0):
+        def run(at_job, share, count, worker):
+            given = carray(numbers_at(at_job), 4)
+            start, stop = given[0] * share // count, given[0] * (share + 1) // count
+            a, b = carray(floats_at(given[3]), 2)
+            to = carray(floats_at(given[1]), given[0])[start:stop]
+            y = carray(floats_at(given[2]), given[0])[start:stop]
+            for i in range(to.size):
                 to[i] = f(to[i], y[i], a, b)
 
     else:
 
-        @njit(**options)
-        def run(out: Array, dy: Array, start: int, stop: int, a: Any, b: Any) -> None:
-            to, dy = out[start:stop], dy[start:stop]
-            for i in range(to.size if stamp else 0):
+        def run(at_job, share, count, worker):
+            given = carray(numbers_at(at_job), 4)
+            start, stop = given[0] * share // count, given[0] * (share + 1) // count
+            a, b = carray(floats_at(given[3]), 2)
+            to = carray(floats_at(given[1]), given[0])[start:stop]
+            dy = carray(floats_at(given[2]), given[0])[start:stop]
+            for i in range(to.size):
                 to[i] = f(dy[i], to[i], a, b)
 
-    made: Callable[..., None] = run
-    return made
+    return job(run, STAMP)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from gpuconv import compiled
+from gpuconv import compiled, settings, threads
 
 __all__ = ["CHUNK", "backward", "value"]
 
@@ -73,6 +73,7 @@ def _run(
             out[...] = made
         return None if made is None else out
     from gpuconv.compiled.activation_loops import loop
+    from gpuconv.engines import numba_team
 
     at = -1
     made = np.empty(first.shape, first.dtype) if out is None else out
@@ -85,15 +86,10 @@ def _run(
     found = loop(kind, name, at)
     if found is None:
         return None
-    # What is computed in place is given once: a loop may not write to what it also reads.
     given = [a for k, a in enumerate(arrays) if k != at]
-    flats = [a.reshape(-1) for a in (made, *given)]
-    size = first.size
-    count = -(-size // CHUNK)
-    a, b = np.float32(numbers[0]), np.float32(numbers[1])
-
-    def work(k: int) -> None:
-        found(*flats, size * k // count, size * (k + 1) // count, a, b)
-
-    compiled.spread(count, work, size >= compiled.PARALLEL)
+    pair = np.array(numbers, np.float32)
+    task = np.array([first.size, *(a.ctypes.data for a in (made, *given, pair))], np.int64)
+    parallel = first.size >= compiled.PARALLEL and not threads.inside()
+    workers = settings.get_num_threads() if parallel else 1
+    numba_team.run(found, task, -(-first.size // CHUNK), workers)
     return made

@@ -19,8 +19,8 @@ Ints = tuple[int, ...]
 CHUNK = 512 * 1024
 #: Fewer channels than this do not fill a vector: NumPy's way is along the columns then.
 LEAST_CHANNELS = 8
-#: Taps of a window from which on the sum of the columns' sums takes fewer steps.
-MOST_TAPS = 32
+#: Rows of a box from which on NumPy's way, one axis after the other, takes fewer steps.
+MOST_ROWS = 48
 #: Taps of a window whose number is a byte, and none of them the padding's.
 MOST_WINNERS = 255
 #: Windows that a cell is part of, from which on a maximum of rows' maxima takes fewer steps.
@@ -120,7 +120,7 @@ def pool(x: Array, y: Array, w: Any, mode: str, padded: str) -> bool:
     """Do what its namesake of :mod:`gpuconv.engines.pooling` does; return whether it could."""
     if not _takes(w, x, y):
         return False
-    if mode == "average" and math.prod(w.kernel) > MOST_TAPS:
+    if mode == "average" and math.prod(w.kernel[:-1]) > MOST_ROWS:
         return False
     if (
         mode == "max"
@@ -144,7 +144,9 @@ def pool(x: Array, y: Array, w: Any, mode: str, padded: str) -> bool:
 
 def mean_grad(dy: Array, dx: Array, w: Any, padded: str) -> bool:
     """Do what its namesake of :mod:`gpuconv.engines.pooling` does; return whether it could."""
-    if not _takes(w, dx, dy) or math.prod(w.kernel) > MOST_TAPS * math.prod(w.stride):
+    if not _takes(w, dx, dy) or math.prod(w.kernel[:-1]) > MOST_ROWS * math.prod(
+        w.stride[:-1]
+    ):
         return False
     from gpuconv.compiled import pooling_loops as loops
 

@@ -208,48 +208,73 @@ def winners(x, y, code, low, high, zeros, skipped, kernel, stride, start, stop):
 
 @njit(**compiled.OPTIONS)
 def sums(source, target, low, high, weights, factors, start, stop):
-    # weights: (3, cells) of the source; factors: (3, cells) of the result; multiplied.
+    # weights: (3, cells) of the source; factors: (3, cells) of the result; multiplied. First the
+    # rows of a box, over whole lines; then the columns of the line.
     _, depth, rows, columns, channels = target.shape
+    _, source_depth, source_rows, source_columns, _ = source.shape
+    flat, width = source.reshape(-1), source_columns * channels
+    line = np.empty(width, source.dtype)
     for row in range(start, stop):
         n, rest = row // (depth * rows), row % (depth * rows)
         d, h = rest // rows, rest % rows
         d0, d1, h0, h1 = low[0, d], high[0, d], low[1, h], high[1, h]
+        out = target[n, d, h].reshape(-1)
+        factor = factors[0, d] * factors[1, h]
+        some = False
+        for i in range(d0, d1):
+            image, deep = (n * source_depth + i) * source_rows, weights[0, i] * factor
+            j = h0
+            while j < h1:
+                f, at = deep * weights[1, j], (image + j) * width
+                if j + 1 < h1:
+                    g, to = deep * weights[1, j + 1], (image + j + 1) * width
+                    if some:
+                        for e in range(width):
+                            line[e] += flat[np.uint64(at + e)] * f + flat[np.uint64(to + e)] * g
+                    else:
+                        for e in range(width):
+                            line[e] = flat[np.uint64(at + e)] * f + flat[np.uint64(to + e)] * g
+                    j += 2
+                else:
+                    if some:
+                        for e in range(width):
+                            line[e] += flat[np.uint64(at + e)] * f
+                    else:
+                        for e in range(width):
+                            line[e] = flat[np.uint64(at + e)] * f
+                    j += 1
+                some = True
+        if not some:
+            out[:] = 0
+            continue
         for w in range(columns):
-            w0, w1 = low[2, w], high[2, w]
-            out = target[n, d, h, w]
-            factor = factors[0, d] * factors[1, h] * factors[2, w]
-            if d1 <= d0 or h1 <= h0 or w1 <= w0:
-                for c in range(channels):
-                    out[c] = 0
+            k, w1, to = low[2, w], high[2, w], w * channels
+            factor, at = factors[2, w], k * channels
+            if w1 <= k:
+                for e in range(channels):
+                    out[np.uint64(to + e)] = 0
                 continue
-            first = True
-            for i in range(d0, d1):
-                for j in range(h0, h1):
-                    along = weights[0, i] * weights[1, j] * factor
-                    k = w0
-                    if first:
-                        f, cell = along * weights[2, k], source[n, i, j, k]
-                        if k + 1 < w1:
-                            g, other = along * weights[2, k + 1], source[n, i, j, k + 1]
-                            for c in range(channels):
-                                out[c] = cell[c] * f + other[c] * g
-                            k += 2
-                        else:
-                            for c in range(channels):
-                                out[c] = cell[c] * f
-                            k += 1
-                        first = False
-                    while k < w1:
-                        f, cell = along * weights[2, k], source[n, i, j, k]
-                        if k + 1 < w1:
-                            g, other = along * weights[2, k + 1], source[n, i, j, k + 1]
-                            for c in range(channels):
-                                out[c] += cell[c] * f + other[c] * g
-                            k += 2
-                        else:
-                            for c in range(channels):
-                                out[c] += cell[c] * f
-                            k += 1
+            f = weights[2, k] * factor
+            if w1 - k == 1:
+                for e in range(channels):
+                    out[np.uint64(to + e)] = line[np.uint64(at + e)] * f
+                continue
+            g, by = weights[2, k + 1] * factor, at + channels
+            if w1 - k == 2:
+                for e in range(channels):
+                    out[np.uint64(to + e)] = (
+                        line[np.uint64(at + e)] * f + line[np.uint64(by + e)] * g
+                    )
+                continue
+            p, on = weights[2, k + 2] * factor, by + channels
+            for e in range(channels):
+                out[np.uint64(to + e)] = (
+                    line[np.uint64(at + e)] * f + line[np.uint64(by + e)] * g
+                ) + line[np.uint64(on + e)] * p
+            for m in range(k + 3, w1):
+                f, at = weights[2, m] * factor, m * channels
+                for e in range(channels):
+                    out[np.uint64(to + e)] += line[np.uint64(at + e)] * f
 
 
 @njit(**compiled.OPTIONS)

@@ -13,7 +13,18 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-__all__ = ["STAMP", "add", "call", "exchange", "load", "numbers_at", "pause", "replace", "store"]
+__all__ = [
+    "STAMP",
+    "add",
+    "call",
+    "exchange",
+    "floats_at",
+    "load",
+    "numbers_at",
+    "pause",
+    "replace",
+    "store",
+]
 
 #: Numba keeps compiled loops by their own file; this makes them stale when this one changes.
 STAMP = zlib.crc32(Path(__file__).read_bytes())
@@ -113,3 +124,13 @@ def numbers_at(typing_context, address):
         return builder.inttoptr(args[0], _i64.as_pointer())
 
     return types.CPointer(types.int64)(types.int64), codegen
+
+
+@intrinsic
+def floats_at(typing_context, address):
+    """Return an address as a pointer to float32, for ``numba.carray``."""
+
+    def codegen(context, builder, signature, args):
+        return builder.inttoptr(args[0], ir.FloatType().as_pointer())
+
+    return types.CPointer(types.float32)(types.int64), codegen
