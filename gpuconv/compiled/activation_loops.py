@@ -168,6 +168,13 @@ _FORMULAS: dict[tuple[str, str], Callable[..., Any]] = {
 }
 
 
+@_formula
+def part(given: Any, at: Any, share: Any, count: Any) -> Any:
+    """Return a share of an array."""
+    size = given[at + 1]
+    return carray(floats_at(given[at]), size)[size * share // count : size * (share + 1) // count]
+
+
 @cache
 def loop(kind: str, name: str, at: int) -> int | None:
     """Return a job that computes elements, or None where NumPy's way is as good.
@@ -183,9 +190,8 @@ def loop(kind: str, name: str, at: int) -> int | None:
     Returns
     -------
     int
-        A job for :func:`gpuconv.engines.numba_team.run`. It takes the addresses of the result, of
-        the arguments but the one in whose place it goes, and of two numbers; before them, how
-        many elements there are.
+        A job for :func:`gpuconv.compiled.run`, of the result, of the arguments but the one in
+        whose place it goes, and of two numbers.
     """
     f = _FORMULAS.get((kind, name))
     if f is None:
@@ -196,55 +202,46 @@ def loop(kind: str, name: str, at: int) -> int | None:
     if kind == "value" and at < 0:
 
         def run(at_job, share, count, worker):
-            given = carray(numbers_at(at_job), 4)
-            start, stop = given[0] * share // count, given[0] * (share + 1) // count
-            a, b = carray(floats_at(given[3]), 2)
-            to = carray(floats_at(given[1]), given[0])[start:stop]
-            z = carray(floats_at(given[2]), given[0])[start:stop]
+            given = carray(numbers_at(at_job), 6)
+            to, z = part(given, 0, share, count), part(given, 2, share, count)
+            a, b = carray(floats_at(given[4]), 2)
             for i in range(to.size):
                 to[i] = f(z[i], a, b)
 
     elif kind == "value":
 
         def run(at_job, share, count, worker):
-            given = carray(numbers_at(at_job), 3)
-            start, stop = given[0] * share // count, given[0] * (share + 1) // count
+            given = carray(numbers_at(at_job), 4)
+            to = part(given, 0, share, count)
             a, b = carray(floats_at(given[2]), 2)
-            to = carray(floats_at(given[1]), given[0])[start:stop]
             for i in range(to.size):
                 to[i] = f(to[i], a, b)
 
     elif at < 0:
 
         def run(at_job, share, count, worker):
-            given = carray(numbers_at(at_job), 5)
-            start, stop = given[0] * share // count, given[0] * (share + 1) // count
-            a, b = carray(floats_at(given[4]), 2)
-            to = carray(floats_at(given[1]), given[0])[start:stop]
-            dy = carray(floats_at(given[2]), given[0])[start:stop]
-            y = carray(floats_at(given[3]), given[0])[start:stop]
+            given = carray(numbers_at(at_job), 8)
+            to, dy = part(given, 0, share, count), part(given, 2, share, count)
+            y = part(given, 4, share, count)
+            a, b = carray(floats_at(given[6]), 2)
             for i in range(to.size):
                 to[i] = f(dy[i], y[i], a, b)
 
     elif at == 0:
 
         def run(at_job, share, count, worker):
-            given = carray(numbers_at(at_job), 4)
-            start, stop = given[0] * share // count, given[0] * (share + 1) // count
-            a, b = carray(floats_at(given[3]), 2)
-            to = carray(floats_at(given[1]), given[0])[start:stop]
-            y = carray(floats_at(given[2]), given[0])[start:stop]
+            given = carray(numbers_at(at_job), 6)
+            to, y = part(given, 0, share, count), part(given, 2, share, count)
+            a, b = carray(floats_at(given[4]), 2)
             for i in range(to.size):
                 to[i] = f(to[i], y[i], a, b)
 
     else:
 
         def run(at_job, share, count, worker):
-            given = carray(numbers_at(at_job), 4)
-            start, stop = given[0] * share // count, given[0] * (share + 1) // count
-            a, b = carray(floats_at(given[3]), 2)
-            to = carray(floats_at(given[1]), given[0])[start:stop]
-            dy = carray(floats_at(given[2]), given[0])[start:stop]
+            given = carray(numbers_at(at_job), 6)
+            to, dy = part(given, 0, share, count), part(given, 2, share, count)
+            a, b = carray(floats_at(given[4]), 2)
             for i in range(to.size):
                 to[i] = f(dy[i], to[i], a, b)
 

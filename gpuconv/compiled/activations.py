@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from gpuconv import compiled, settings, threads
+from gpuconv import compiled
 
 __all__ = ["CHUNK", "backward", "value"]
 
@@ -73,7 +73,6 @@ def _run(
             out[...] = made
         return None if made is None else out
     from gpuconv.compiled.activation_loops import loop
-    from gpuconv.engines import numba_team
 
     at = -1
     made = np.empty(first.shape, first.dtype) if out is None else out
@@ -86,10 +85,8 @@ def _run(
     found = loop(kind, name, at)
     if found is None:
         return None
-    given = [a for k, a in enumerate(arrays) if k != at]
+    flats = [a.reshape(-1) for a in (made, *(a for k, a in enumerate(arrays) if k != at))]
+    shares = -(-first.size // CHUNK)
     pair = np.array(numbers, np.float32)
-    task = np.array([first.size, *(a.ctypes.data for a in (made, *given, pair))], np.int64)
-    parallel = first.size >= compiled.PARALLEL and not threads.inside()
-    workers = settings.get_num_threads() if parallel else 1
-    numba_team.run(found, task, -(-first.size // CHUNK), workers)
+    compiled.run(found, [*flats, pair], shares, first.size >= compiled.PARALLEL)
     return made

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -57,7 +57,7 @@ def _tables(
     before = (0,) * missing + before
     outs, ins = max(out), max(size)
     low, high, skipped, places = (np.zeros((3, outs), np.int64) for _ in range(4))
-    zeros, shares = np.zeros((3, outs), np.bool_), np.ones((3, outs))
+    zeros, shares = np.zeros((3, outs), np.int64), np.ones((3, outs))
     part_low, part_high = np.zeros((3, ins), np.int64), np.zeros((3, ins), np.int64)
     step = channels
     offsets = np.zeros((1,), np.int64)
@@ -104,16 +104,11 @@ def _five(a: Array) -> Array:
     return a.reshape(a.shape[0], *(1,) * (5 - a.ndim), *a.shape[1:])
 
 
-def _by_rows(result: Array, read: Array, run: Callable[[int, int], None]) -> None:
-    """Call ``run(start, stop)`` for chunks of the rows of a result."""
+def _by_rows(job: int, result: Array, read: Array, arguments: Sequence[Any]) -> None:
+    """Run a job whose shares are rows of a result."""
     rows = math.prod(result.shape[:3])
-    nbytes = max(read.nbytes, result.nbytes)
-    count = max(1, min(rows, -(-nbytes // CHUNK)))
-    compiled.spread(
-        count,
-        lambda k: run(rows * k // count, rows * (k + 1) // count),
-        result.size + read.size >= compiled.PARALLEL,
-    )
+    shares = max(1, min(rows, -(-max(read.nbytes, result.nbytes) // CHUNK)))
+    compiled.run(job, arguments, shares, result.size + read.size >= compiled.PARALLEL)
 
 
 def pool(x: Array, y: Array, w: Any, mode: str, padded: str) -> bool:
@@ -132,29 +127,24 @@ def pool(x: Array, y: Array, w: Any, mode: str, padded: str) -> bool:
 
     t, x, y = _found(w, padded, x.shape[-1]), _five(x), _five(y)
     if mode == "max":
-        largest = loops.largest
-        _by_rows(y, x, lambda a, b: largest(x, y, t.low, t.high, t.zeros, a, b))
+        _by_rows(loops.largest_job(), y, x, (x, y, t.low, t.high, t.zeros))
         return True
     ones = np.ones((3, max(x.shape[1:4])), y.dtype)
     shares = t.shares.astype(y.dtype, copy=False)
-    sums = loops.sums
-    _by_rows(y, x, lambda a, b: sums(x, y, t.low, t.high, ones, shares, a, b))
+    _by_rows(loops.sums_job(), y, x, (x, y, t.low, t.high, ones, shares))
     return True
 
 
 def mean_grad(dy: Array, dx: Array, w: Any, padded: str) -> bool:
     """Do what its namesake of :mod:`gpuconv.engines.pooling` does; return whether it could."""
-    if not _takes(w, dx, dy) or math.prod(w.kernel[:-1]) > MOST_ROWS * math.prod(
-        w.stride[:-1]
-    ):
+    if not _takes(w, dx, dy) or math.prod(w.kernel[:-1]) > MOST_ROWS * math.prod(w.stride[:-1]):
         return False
     from gpuconv.compiled import pooling_loops as loops
 
     t, dy, dx = _found(w, padded, dx.shape[-1]), _five(dy), _five(dx)
     ones = np.ones((3, max(dx.shape[1:4])), dx.dtype)
     shares = t.shares.astype(dx.dtype, copy=False)
-    sums = loops.sums
-    _by_rows(dx, dy, lambda a, b: sums(dy, dx, t.part_low, t.part_high, shares, ones, a, b))
+    _by_rows(loops.sums_job(), dx, dy, (dy, dx, t.part_low, t.part_high, shares, ones))
     return True
 
 
@@ -166,14 +156,8 @@ def pool_max(x: Array, y: Array, w: Any, padded: str) -> Array | None:
 
     t, x, y = _found(w, padded, x.shape[-1]), _five(x), _five(y)
     code = np.empty(y.shape, np.uint8)
-    winners = loops.winners
-
-    def run(start: int, stop: int) -> None:
-        winners(
-            x, y, code, t.low, t.high, t.zeros, t.skipped, t.kernel, t.stride, start, stop
-        )  # fmt: skip
-
-    _by_rows(y, x, run)
+    tables = t.low, t.high, t.zeros, t.skipped, t.kernel, t.stride
+    _by_rows(loops.winners_job(), y, x, (x, y, code, *tables))
     return code
 
 
@@ -183,19 +167,15 @@ def max_grad(dy: Array, code: Array, dx: Array, w: Any) -> None:
 
     t = _found(w, "outside", dx.shape[-1])
     dy, dx = _five(np.ascontiguousarray(dy, dx.dtype)), _five(dx)
-    hand_down = loops.hand_down
     # Windows of an image overlap, and its channels do not.
     batch, channels = len(dx), dx.shape[-1]
     parts = 1 if batch > 1 else min(4, max(1, channels // 16))
-
-    def work(k: int) -> None:
-        n, part = k // parts, k % parts
-        hand_down(
-            dy, code, dx, t.places, t.offsets, channels * part // parts,
-            channels * (part + 1) // parts, n, n + 1,
-        )  # fmt: skip
-
-    compiled.spread(batch * parts, work, dx.size + dy.size >= compiled.PARALLEL)
+    compiled.run(
+        loops.hand_down_job(),
+        (dy, code, dx, t.places, t.offsets, parts),
+        batch * parts,
+        dx.size + dy.size >= compiled.PARALLEL,
+    )
 
 
 def pool_indices(x: Array, y: Array, indices: Array, w: Any) -> bool:
@@ -206,12 +186,8 @@ def pool_indices(x: Array, y: Array, indices: Array, w: Any) -> bool:
     from gpuconv.compiled import pooling_loops as loops
 
     t = _found(w, "outside", x.shape[-1])
-    found, image, to_indices = _five(indices), x[0].size, loops.indices
-
-    def run(start: int, stop: int) -> None:
-        to_indices(code, found, t.places, t.offsets, image, start, stop)
-
-    _by_rows(found, code, run)
+    found = _five(indices)
+    _by_rows(loops.indices_job(), found, code, (code, found, t.places, t.offsets, x[0].size))
     return True
 
 
@@ -223,9 +199,7 @@ def scatter(dy: Array, indices: Array, dx: Array) -> bool:
         return False
     from gpuconv.compiled import pooling_loops as loops
 
-    batch, loop = len(dx), loops.scatter
+    batch = len(dx)
     given, places, into = (a.reshape(batch, -1) for a in (dy, indices, dx))
-    compiled.spread(
-        batch, lambda n: loop(given, places, into, n, n + 1), dx.size >= compiled.PARALLEL
-    )
+    compiled.run(loops.scatter_job(), (given, places, into), batch, dx.size >= compiled.PARALLEL)
     return True

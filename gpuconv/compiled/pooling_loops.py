@@ -7,13 +7,25 @@ without its padding; in the gradient of a mean, the windows that a cell of the i
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
-from numba import njit
+from numba import carray, njit
 from numba.extending import register_jitable
 
 from gpuconv import compiled
+from gpuconv.engines.numba_memory import STAMP, bytes_at, floats_at, numbers_at
+from gpuconv.engines.numba_team_loops import job
 
-__all__ = ["NOBODY", "hand_down", "indices", "largest", "scatter", "sums", "winners"]
+__all__ = [
+    "NOBODY",
+    "hand_down_job",
+    "indices_job",
+    "largest_job",
+    "scatter_job",
+    "sums_job",
+    "winners_job",
+]
 
 #: The number of a winner that is a cell of the padding.
 NOBODY = 255
@@ -318,3 +330,131 @@ def indices(code, found, places, offsets, image, start, stop):
             mark, index = code[n, d, h, w], found[n, d, h, w]
             for c in range(channels):
                 index[c] = base + offsets[mark[c]] + c
+
+
+# Jobs for compiled.run: a share is a range of rows, or of images. They take the arrays in the order
+# in which their loop does, each as its address and its shape.
+
+
+@register_jitable(inline="always")
+def five(given, at):
+    shape = given[at + 1], given[at + 2], given[at + 3], given[at + 4], given[at + 5]
+    return carray(floats_at(given[at]), shape)
+
+
+@register_jitable(inline="always")
+def five_bytes(given, at):
+    shape = given[at + 1], given[at + 2], given[at + 3], given[at + 4], given[at + 5]
+    return carray(bytes_at(given[at]), shape)
+
+
+@register_jitable(inline="always")
+def five_numbers(given, at):
+    shape = given[at + 1], given[at + 2], given[at + 3], given[at + 4], given[at + 5]
+    return carray(numbers_at(given[at]), shape)
+
+
+@register_jitable(inline="always")
+def table(given, at):
+    return carray(numbers_at(given[at]), (given[at + 1], given[at + 2]))
+
+
+@register_jitable(inline="always")
+def factor_table(given, at):
+    return carray(floats_at(given[at]), (given[at + 1], given[at + 2]))
+
+
+@register_jitable(inline="always")
+def line(given, at):
+    return carray(numbers_at(given[at]), given[at + 1])
+
+
+@cache
+def largest_job() -> int:
+    """Of x, y, low, high, zeros."""
+
+    def run(at, share, count, worker):
+        given = carray(numbers_at(at), 21)
+        rows = given[7] * given[8] * given[9]
+        largest(
+            five(given, 0), five(given, 6), table(given, 12), table(given, 15), table(given, 18),
+            rows * share // count, rows * (share + 1) // count,
+        )  # fmt: skip
+
+    return job(run, STAMP)
+
+
+@cache
+def winners_job() -> int:
+    """Of x, y, code, low, high, zeros, skipped, kernel, stride."""
+
+    def run(at, share, count, worker):
+        given = carray(numbers_at(at), 34)
+        rows = given[7] * given[8] * given[9]
+        winners(
+            five(given, 0), five(given, 6), five_bytes(given, 12), table(given, 18),
+            table(given, 21), table(given, 24), table(given, 27), line(given, 30), line(given, 32),
+            rows * share // count, rows * (share + 1) // count,
+        )  # fmt: skip
+
+    return job(run, STAMP)
+
+
+@cache
+def sums_job() -> int:
+    """Of source, target, low, high, weights, factors."""
+
+    def run(at, share, count, worker):
+        given = carray(numbers_at(at), 24)
+        rows = given[7] * given[8] * given[9]
+        sums(
+            five(given, 0), five(given, 6), table(given, 12), table(given, 15),
+            factor_table(given, 18), factor_table(given, 21),
+            rows * share // count, rows * (share + 1) // count,
+        )  # fmt: skip
+
+    return job(run, STAMP)
+
+
+@cache
+def hand_down_job() -> int:
+    """Of dy, code, dx, places, offsets and the parts of an image: a share is one of them."""
+
+    def run(at, share, count, worker):
+        given = carray(numbers_at(at), 24)
+        parts, channels = given[23], given[17]
+        n, part = share // parts, share % parts
+        hand_down(
+            five(given, 0), five_bytes(given, 6), five(given, 12), table(given, 18), line(given, 21),
+            channels * part // parts, channels * (part + 1) // parts, n, n + 1,
+        )  # fmt: skip
+
+    return job(run, STAMP)
+
+
+@cache
+def scatter_job() -> int:
+    """Of dy, indices, dx, an image a line."""
+
+    def run(at, share, count, worker):
+        given = carray(numbers_at(at), 9)
+        scatter(
+            factor_table(given, 0), table(given, 3), factor_table(given, 6), share, share + 1
+        )  # fmt: skip
+
+    return job(run, STAMP)
+
+
+@cache
+def indices_job() -> int:
+    """Of code, found, places, offsets and the elements of an image."""
+
+    def run(at, share, count, worker):
+        given = carray(numbers_at(at), 18)
+        rows = given[1] * given[2] * given[3]
+        indices(
+            five_bytes(given, 0), five_numbers(given, 6), table(given, 12), line(given, 15),
+            given[17], rows * share // count, rows * (share + 1) // count,
+        )  # fmt: skip
+
+    return job(run, STAMP)
