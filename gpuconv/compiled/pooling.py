@@ -167,15 +167,8 @@ def max_grad(dy: Array, code: Array, dx: Array, w: Any) -> None:
 
     t = _found(w, "outside", dx.shape[-1])
     dy, dx = _five(np.ascontiguousarray(dy, dx.dtype)), _five(dx)
-    # Windows of an image overlap, and its channels do not.
-    batch, channels = len(dx), dx.shape[-1]
-    parts = 1 if batch > 1 else min(4, max(1, channels // 16))
-    compiled.run(
-        loops.hand_down_job(),
-        (dy, code, dx, t.places, t.offsets, parts),
-        batch * parts,
-        dx.size + dy.size >= compiled.PARALLEL,
-    )
+    tables = t.low, t.skipped, t.part_low, t.part_high, t.kernel, t.stride
+    _by_rows(loops.hand_down_job(), dx, dy, (dy, code, dx, *tables))
 
 
 def pool_indices(x: Array, y: Array, indices: Array, w: Any) -> bool:

@@ -31,7 +31,7 @@ __all__ = [
 NOBODY = 255
 #: Rows of windows that share the maxima of the input's rows.
 BAND = 8
-_NOBODY = np.uint8(NOBODY)
+_NOBODY, _ZERO = np.uint8(NOBODY), np.float32(0)
 
 
 # Each loop takes a range of rows of its result, counted over all axes. low, high: (3, cells), bounds
@@ -96,9 +96,10 @@ def better(a, m):
 @register_jitable(inline="always")
 def along(source, at, best, mark, to, length, step, taps, number):
     # The maxima of ``taps`` cells a step apart, of ``length`` of them side by side, and which
-    # they are, counted from ``number``. Indices without a sign need no look whether they count
-    # from the end, and slices for a few channels would take longer than the channels.
-    t, u, v = np.uint8(number), np.uint8(number + 1), np.uint8(number + 2)
+    # they are, counted from ``number``, in as many bits as the maxima have: then one mask chooses
+    # both. Indices without a sign need no look whether they count from the end, and slices for a
+    # few channels would take longer than the channels.
+    t, u, v = np.int32(number), np.int32(number + 1), np.int32(number + 2)
     if taps == 0:
         for e in range(length):
             best[np.uint64(to + e)], mark[np.uint64(to + e)] = -np.inf, t
@@ -123,7 +124,7 @@ def along(source, at, best, mark, to, length, step, taps, number):
             best[np.uint64(to + e)] = a if b else m
             mark[np.uint64(to + e)] = v if b else k
         for tap in range(3, taps):
-            more, w = at + tap * step, np.uint8(number + tap)
+            more, w = at + tap * step, np.int32(number + tap)
             for e in range(length):
                 m, a = best[np.uint64(to + e)], source[np.uint64(more + e)]
                 b = better(a, m)
@@ -138,7 +139,7 @@ def winners(x, y, code, low, high, zeros, skipped, kernel, stride, start, stop):
     _, depth, rows, columns, channels = y.shape
     width, most = columns * channels, (BAND - 1) * stride[1] + kernel[1]
     best = np.empty((kernel[0] * most, width), x.dtype)
-    mark = np.empty((kernel[0] * most, width), np.uint8)
+    mark = np.empty((kernel[0] * most, width), np.int32)
     inner0 = 0  # columns whose windows are whole
     while inner0 < columns and high[2, inner0] - low[2, inner0] < kernel[2]:
         inner0 += 1
@@ -173,33 +174,58 @@ def winners(x, y, code, low, high, zeros, skipped, kernel, stride, start, stop):
                 for e in range(width):
                     out[e], winner[e] = 0, _NOBODY
                 continue
+            after = np.int32(kernel[2])
             for i in range(d0, d1):
                 j = h0
                 while j < h1:
-                    base = np.uint8(
+                    base = np.int32(
                         ((i - d0 + skipped[0, d]) * kernel[1] + j - h0 + skipped[1, hh]) * kernel[2]
                     )
                     slot = (i - d0) * most + j - first_row
                     one, number = best[slot], mark[slot]
-                    if (i == d0) & (j == h0):
-                        if h1 - h0 == 1:
-                            for e in range(width):
-                                out[e], winner[e] = one[e], np.uint8(number[e] + base)
-                        else:
-                            two, other = best[slot + 1], mark[slot + 1]
-                            after = np.uint8(base + kernel[2])
-                            for e in range(width):
-                                m, a = one[e], two[e]
-                                t, u = np.uint8(number[e] + base), np.uint8(other[e] + after)
-                                b = better(a, m)
-                                out[e], winner[e] = a if b else m, u if b else t
-                            j += 1
+                    first = (i == d0) & (j == h0)
+                    if first and h1 - h0 == 1:
+                        for e in range(width):
+                            out[e], winner[e] = one[e], number[e] + base
+                        j += 1
+                    elif first and h1 - h0 == 2:
+                        two, other = best[slot + 1], mark[slot + 1]
+                        for e in range(width):
+                            m, a = one[e], two[e]
+                            b = better(a, m)
+                            k = other[e] + after if b else number[e]
+                            out[e], winner[e] = a if b else m, k + base
+                        j += 2
+                    elif first:
+                        two, other = best[slot + 1], mark[slot + 1]
+                        three, third = best[slot + 2], mark[slot + 2]
+                        for e in range(width):
+                            m, a = one[e], two[e]
+                            b = better(a, m)
+                            m, k = a if b else m, other[e] + after if b else number[e]
+                            a = three[e]
+                            b = better(a, m)
+                            k = third[e] + 2 * after if b else k
+                            out[e], winner[e] = a if b else m, k + base
+                        j += 3
+                    elif j + 1 < h1:
+                        two, other = best[slot + 1], mark[slot + 1]
+                        for e in range(width):
+                            m, a, k = out[e], one[e], np.int32(winner[e])
+                            b = better(a, m)
+                            m, k = a if b else m, number[e] + base if b else k
+                            a = two[e]
+                            b = better(a, m)
+                            k = other[e] + base + after if b else k
+                            out[e], winner[e] = a if b else m, k
+                        j += 2
                     else:
                         for e in range(width):
-                            m, a, t = out[e], one[e], np.uint8(number[e] + base)
+                            m, a, k = out[e], one[e], np.int32(winner[e])
                             b = better(a, m)
-                            out[e], winner[e] = a if b else m, t if b else winner[e]
-                    j += 1
+                            k = number[e] + base if b else k
+                            out[e], winner[e] = a if b else m, k
+                        j += 1
             for w in range(columns):
                 if not (zeros[0, d] | zeros[1, hh] | zeros[2, w]):
                     continue
@@ -289,23 +315,46 @@ def sums(source, target, low, high, weights, factors, start, stop):
                     out[np.uint64(to + e)] += line[np.uint64(at + e)] * f
 
 
+@register_jitable
+def hand_over(gradient, mark, at, tap, line, to, length):
+    # What those windows that tap has won hand to their cells.
+    for e in range(length):
+        won = np.int32(mark[np.uint64(at + e)]) == tap
+        line[np.uint64(to + e)] += gradient[np.uint64(at + e)] if won else _ZERO
+
+
 @njit(**compiled.OPTIONS)
-def hand_down(dy, code, dx, places, offsets, channels_from, channels_to, start, stop):
-    # places: (3, cells), elements from the image's first cell to a window's first tap;
-    # offsets: elements from there to each tap.
-    _, depth, rows, columns, _ = dy.shape
-    for n in range(start, stop):
-        image = dx[n].reshape(-1)
-        dx[n, :, :, :, channels_from:channels_to] = 0
-        for d in range(depth):
-            for h in range(rows):
-                for w in range(columns):
-                    base = places[0, d] + places[1, h] + places[2, w]
-                    mark, gradient = code[n, d, h, w], dy[n, d, h, w]
-                    for c in range(channels_from, channels_to):
-                        if mark[c] != _NOBODY:
-                            # Without a sign: no look whether it counts from the end.
-                            image[np.uint64(base + offsets[mark[c]] + c)] += gradient[c]
+def hand_down(dy, code, dx, low, skipped, part_low, part_high, kernel, stride, start, stop):
+    # Row by row of dx: each cell asks the windows that it is part of, in their order.
+    _, depth, rows, columns, channels = dx.shape
+    windows = dy.shape[3]
+    for row in range(start, stop):
+        n, rest = row // (depth * rows), row % (depth * rows)
+        d, h = rest // rows, rest % rows
+        line = dx[n, d, h].reshape(-1)
+        line[:] = 0
+        for i in range(part_low[0, d], part_high[0, d]):
+            deep = d - low[0, i] + skipped[0, i]
+            for j in range(part_low[1, h], part_high[1, h]):
+                base = (deep * kernel[1] + h - low[1, j] + skipped[1, j]) * kernel[2]
+                gradient, mark = dy[n, i, j].reshape(-1), code[n, i, j].reshape(-1)
+                if stride[2] == 1:
+                    for k in range(kernel[2] - 1, -1, -1):
+                        ahead = k - skipped[2, 0]
+                        w = max(0, -ahead)
+                        length = (min(windows, columns - ahead) - w) * channels
+                        hand_over(
+                            gradient, mark, w * channels, np.int32(base + k),
+                            line, (w + ahead) * channels, length,
+                        )  # fmt: skip
+                    continue
+                for w in range(windows):
+                    first = low[2, w] - skipped[2, w]
+                    for k in range(max(0, -first), min(kernel[2], columns - first)):
+                        hand_over(
+                            gradient, mark, w * channels, np.int32(base + k),
+                            line, (first + k) * channels, channels,
+                        )  # fmt: skip
 
 
 @njit(**compiled.OPTIONS)
@@ -418,15 +467,15 @@ def sums_job() -> int:
 
 @cache
 def hand_down_job() -> int:
-    """Of dy, code, dx, places, offsets and the parts of an image: a share is one of them."""
+    """Of dy, code, dx, low, skipped, part_low, part_high, kernel, stride."""
 
     def run(at, share, count, worker):
-        given = carray(numbers_at(at), 24)
-        parts, channels = given[23], given[17]
-        n, part = share // parts, share % parts
+        given = carray(numbers_at(at), 34)
+        rows = given[13] * given[14] * given[15]
         hand_down(
-            five(given, 0), five_bytes(given, 6), five(given, 12), table(given, 18), line(given, 21),
-            channels * part // parts, channels * (part + 1) // parts, n, n + 1,
+            five(given, 0), five_bytes(given, 6), five(given, 12), table(given, 18),
+            table(given, 21), table(given, 24), table(given, 27), line(given, 30), line(given, 32),
+            rows * share // count, rows * (share + 1) // count,
         )  # fmt: skip
 
     return job(run, STAMP)
