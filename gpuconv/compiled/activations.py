@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from gpuconv import compiled
+from gpuconv import compiled, memory
 
 __all__ = ["CHUNK", "backward", "value"]
 
@@ -75,7 +75,7 @@ def _run(
     from gpuconv.compiled.activation_loops import loop
 
     at = -1
-    made = np.empty(first.shape, first.dtype) if out is None else out
+    made = memory.empty(first.shape, first.dtype) if out is None else out
     if out is not None:
         for k, a in enumerate(arrays):
             if a.ctypes.data == out.ctypes.data:

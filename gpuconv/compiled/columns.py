@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpuconv import compiled
+from gpuconv import compiled, memory
 
 __all__ = ["gradient", "gradient_sums", "moments", "normalized", "takes"]
 
@@ -245,7 +245,7 @@ def gradient_sums(dy: Array, x: Array, shift: Array | None) -> Array:
 
 def normalized(x: Array, shift: Array | None, slope: Array, level: Array, rectify: bool) -> Array:
     """Return ``(x - shift) * slope + level``, at least zero if ``rectify``."""
-    lines, out = _Lines(*x.shape), np.empty_like(x)
+    lines, out = _Lines(*x.shape), memory.empty_as(x)
     values = [lines.tiled(v, x.dtype) for v in (shift, slope, level)]
     lines.run(_jobs().normalized, [x, out], *values, int(rectify))
     return out
@@ -255,7 +255,7 @@ def gradient(
     dy: Array, x: Array, shift: Array | None, bend: Array, level: Array, slope: Array
 ) -> Array:
     """Return ``((x - shift) * bend + dy + level) * slope``."""
-    lines, dx = _Lines(*x.shape), np.empty_like(x)
+    lines, dx = _Lines(*x.shape), memory.empty_as(x)
     values = [lines.tiled(v, x.dtype) for v in (shift, bend, level, slope)]
     lines.run(_jobs().gradient, [dy, x, dx], *values)
     return dx

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpuconv import compiled
+from gpuconv import compiled, memory
 
 __all__ = ["max_grad", "mean_grad", "pool", "pool_indices", "pool_max", "scatter"]
 
@@ -155,7 +155,7 @@ def pool_max(x: Array, y: Array, w: Any, padded: str) -> Array | None:
     from gpuconv.compiled import pooling_loops as loops
 
     t, x, y = _found(w, padded, x.shape[-1]), _five(x), _five(y)
-    code = np.empty(y.shape, np.uint8)
+    code = memory.empty(y.shape, np.uint8)
     tables = t.low, t.high, t.zeros, t.skipped, t.kernel, t.stride
     _by_rows(loops.winners_job(), y, x, (x, y, code, *tables))
     return code

@@ -317,10 +317,21 @@ def sums(source, target, low, high, weights, factors, start, stop):
 
 @register_jitable
 def hand_over(gradient, mark, at, tap, line, to, length):
-    # What those windows that tap has won hand to their cells.
+    # What those windows that a tap has won hand to their cells.
     for e in range(length):
         won = np.int32(mark[np.uint64(at + e)]) == tap
         line[np.uint64(to + e)] += gradient[np.uint64(at + e)] if won else _ZERO
+
+
+@register_jitable
+def hand_over_three(gradient, mark, at, tap, line, to, length):
+    # The same of a window's tap and the two behind it, whose cells lie a length apart each.
+    second, third = to + length, to + 2 * length
+    for e in range(length):
+        m, g = np.int32(mark[np.uint64(at + e)]), gradient[np.uint64(at + e)]
+        line[np.uint64(to + e)] += g if m == tap else _ZERO
+        line[np.uint64(second + e)] += g if m == tap + np.int32(1) else _ZERO
+        line[np.uint64(third + e)] += g if m == tap + np.int32(2) else _ZERO
 
 
 @njit(**compiled.OPTIONS)
@@ -350,11 +361,15 @@ def hand_down(dy, code, dx, low, skipped, part_low, part_high, kernel, stride, s
                     continue
                 for w in range(windows):
                     first = low[2, w] - skipped[2, w]
-                    for k in range(max(0, -first), min(kernel[2], columns - first)):
-                        hand_over(
-                            gradient, mark, w * channels, np.int32(base + k),
-                            line, (first + k) * channels, channels,
-                        )  # fmt: skip
+                    k, last = max(0, -first), min(kernel[2], columns - first)
+                    while k < last:
+                        tap, to = np.int32(base + k), (first + k) * channels
+                        if k + 3 <= last:
+                            hand_over_three(gradient, mark, w * channels, tap, line, to, channels)
+                            k += 3
+                        else:
+                            hand_over(gradient, mark, w * channels, tap, line, to, channels)
+                            k += 1
 
 
 @njit(**compiled.OPTIONS)
