@@ -23,6 +23,8 @@ LEAST_CHANNELS = 8
 MOST_ROWS = 48
 #: Taps of a window whose number is a byte, and none of them the padding's.
 MOST_WINNERS = 255
+#: Windows that a cell is part of, from which on it is not asked which of them it has won.
+MOST_ASKED = 16
 #: Windows that a cell is part of, from which on a maximum of rows' maxima takes fewer steps.
 MOST_READ = 3
 
@@ -167,6 +169,17 @@ def max_grad(dy: Array, code: Array, dx: Array, w: Any) -> None:
 
     t = _found(w, "outside", dx.shape[-1])
     dy, dx = _five(np.ascontiguousarray(dy, dx.dtype)), _five(dx)
+    if math.prod(w.kernel) > MOST_ASKED * math.prod(w.stride):
+        # Windows of an image overlap, and its channels do not.
+        batch, channels = len(dx), dx.shape[-1]
+        parts = 1 if batch > 1 else min(4, max(1, channels // 16))
+        compiled.run(
+            loops.strew_job(),
+            (dy, code, dx, t.places, t.offsets, parts),
+            batch * parts,
+            dx.size + dy.size >= compiled.PARALLEL,
+        )
+        return
     tables = t.low, t.skipped, t.part_low, t.part_high, t.kernel, t.stride
     _by_rows(loops.hand_down_job(), dx, dy, (dy, code, dx, *tables))
 

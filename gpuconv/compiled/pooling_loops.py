@@ -23,6 +23,7 @@ __all__ = [
     "indices_job",
     "largest_job",
     "scatter_job",
+    "strew_job",
     "sums_job",
     "winners_job",
 ]
@@ -315,61 +316,92 @@ def sums(source, target, low, high, weights, factors, start, stop):
                     out[np.uint64(to + e)] += line[np.uint64(at + e)] * f
 
 
-@register_jitable
-def hand_over(gradient, mark, at, tap, line, to, length):
-    # What those windows that a tap has won hand to their cells.
-    for e in range(length):
-        won = np.int32(mark[np.uint64(at + e)]) == tap
-        line[np.uint64(to + e)] += gradient[np.uint64(at + e)] if won else _ZERO
-
-
-@register_jitable
-def hand_over_three(gradient, mark, at, tap, line, to, length):
-    # The same of a window's tap and the two behind it, whose cells lie a length apart each.
-    second, third = to + length, to + 2 * length
-    for e in range(length):
-        m, g = np.int32(mark[np.uint64(at + e)]), gradient[np.uint64(at + e)]
-        line[np.uint64(to + e)] += g if m == tap else _ZERO
-        line[np.uint64(second + e)] += g if m == tap + np.int32(1) else _ZERO
-        line[np.uint64(third + e)] += g if m == tap + np.int32(2) else _ZERO
-
-
 @njit(**compiled.OPTIONS)
 def hand_down(dy, code, dx, low, skipped, part_low, part_high, kernel, stride, start, stop):
     # Row by row of dx: each cell asks the windows that it is part of, in their order.
-    _, depth, rows, columns, channels = dx.shape
-    windows = dy.shape[3]
+    _, depth, rows, columns, _ = dx.shape
     for row in range(start, stop):
         n, rest = row // (depth * rows), row % (depth * rows)
         d, h = rest // rows, rest % rows
         line = dx[n, d, h].reshape(-1)
-        line[:] = 0
-        for i in range(part_low[0, d], part_high[0, d]):
-            deep = d - low[0, i] + skipped[0, i]
-            for j in range(part_low[1, h], part_high[1, h]):
-                base = (deep * kernel[1] + h - low[1, j] + skipped[1, j]) * kernel[2]
-                gradient, mark = dy[n, i, j].reshape(-1), code[n, i, j].reshape(-1)
-                if stride[2] == 1:
-                    for k in range(kernel[2] - 1, -1, -1):
-                        ahead = k - skipped[2, 0]
-                        w = max(0, -ahead)
-                        length = (min(windows, columns - ahead) - w) * channels
-                        hand_over(
-                            gradient, mark, w * channels, np.int32(base + k),
-                            line, (w + ahead) * channels, length,
-                        )  # fmt: skip
-                    continue
-                for w in range(windows):
-                    first = low[2, w] - skipped[2, w]
-                    k, last = max(0, -first), min(kernel[2], columns - first)
-                    while k < last:
-                        tap, to = np.int32(base + k), (first + k) * channels
-                        if k + 3 <= last:
-                            hand_over_three(gradient, mark, w * channels, tap, line, to, channels)
-                            k += 3
-                        else:
-                            hand_over(gradient, mark, w * channels, tap, line, to, channels)
-                            k += 1
+        if stride[2] == 1:
+            line_of_neighbours(
+                dy, code, line, n, d, h, low, skipped, part_low, part_high, kernel, columns
+            )
+        else:
+            line_of_cells(dy, code, line, n, d, h, low, skipped, part_low, part_high, kernel)
+
+
+@njit(**compiled.OPTIONS)
+def line_of_neighbours(dy, code, line, n, d, h, low, skipped, part_low, part_high, kernel, columns):
+    # Windows a cell apart: all that have won with one tap, over the whole line.
+    windows, channels = dy.shape[3], dy.shape[4]
+    line[:] = 0
+    for i in range(part_low[0, d], part_high[0, d]):
+        deep = d - low[0, i] + skipped[0, i]
+        for j in range(part_low[1, h], part_high[1, h]):
+            base = (deep * kernel[1] + h - low[1, j] + skipped[1, j]) * kernel[2]
+            gradient, mark = dy[n, i, j].reshape(-1), code[n, i, j].reshape(-1)
+            for k in range(kernel[2] - 1, -1, -1):
+                ahead, tap = k - skipped[2, 0], np.int32(base + k)
+                w = max(0, -ahead)
+                at, to = w * channels, (w + ahead) * channels
+                for e in range((min(windows, columns - ahead) - w) * channels):
+                    won = np.int32(mark[np.uint64(at + e)]) == tap
+                    line[np.uint64(to + e)] += gradient[np.uint64(at + e)] if won else _ZERO
+
+
+@njit(**compiled.OPTIONS)
+def line_of_cells(dy, code, line, n, d, h, low, skipped, part_low, part_high, kernel):
+    # Windows further apart: each cell asks the few that it is part of.
+    _, deep, high, wide, channels = dy.shape
+    gradient, mark = dy.reshape(-1), code.reshape(-1)
+    rows = (part_high[0, d] - part_low[0, d]) * (part_high[1, h] - part_low[1, h])
+    start, base = np.empty(max(1, rows), np.int64), np.empty(max(1, rows), np.int64)
+    row = 0
+    for i in range(part_low[0, d], part_high[0, d]):
+        first = (d - low[0, i] + skipped[0, i]) * kernel[1]
+        for j in range(part_low[1, h], part_high[1, h]):
+            start[row] = ((n * deep + i) * high + j) * wide * channels
+            base[row] = (first + h - low[1, j] + skipped[1, j]) * kernel[2]
+            row += 1
+    for w in range(line.size // channels):
+        first, last, to = part_low[2, w], part_high[2, w], w * channels
+        if rows == 0 or first >= last:
+            for e in range(channels):
+                line[np.uint64(to + e)] = 0
+        for row in range(rows):
+            for k in range(first, last):
+                at = start[np.uint64(row)] + k * channels
+                tap = np.int32(base[np.uint64(row)] + w - low[2, k] + skipped[2, k])
+                if (row == 0) & (k == first):
+                    for e in range(channels):
+                        v = gradient[np.uint64(at + e)]
+                        won = np.int32(mark[np.uint64(at + e)]) == tap
+                        line[np.uint64(to + e)] = v if won else _ZERO
+                else:
+                    for e in range(channels):
+                        v = gradient[np.uint64(at + e)]
+                        won = np.int32(mark[np.uint64(at + e)]) == tap
+                        line[np.uint64(to + e)] += v if won else _ZERO
+
+
+@njit(**compiled.OPTIONS)
+def strew(dy, code, dx, places, offsets, channels_from, channels_to, n):
+    # Each window adds to the cell that won: one number after the other, however large windows are.
+    # places: (3, cells), elements from the image's first cell to a window's first tap; offsets:
+    # from there to each tap.
+    _, depth, rows, columns, _ = dy.shape
+    image = dx[n].reshape(-1)
+    dx[n, :, :, :, channels_from:channels_to] = 0
+    for d in range(depth):
+        for h in range(rows):
+            for w in range(columns):
+                base = places[0, d] + places[1, h] + places[2, w]
+                mark, gradient = code[n, d, h, w], dy[n, d, h, w]
+                for c in range(channels_from, channels_to):
+                    if mark[c] != _NOBODY:
+                        image[np.uint64(base + offsets[mark[c]] + c)] += gradient[c]
 
 
 @njit(**compiled.OPTIONS)
@@ -491,6 +523,22 @@ def hand_down_job() -> int:
             five(given, 0), five_bytes(given, 6), five(given, 12), table(given, 18),
             table(given, 21), table(given, 24), table(given, 27), line(given, 30), line(given, 32),
             rows * share // count, rows * (share + 1) // count,
+        )  # fmt: skip
+
+    return job(run, STAMP)
+
+
+@cache
+def strew_job() -> int:
+    """Of dy, code, dx, places, offsets and the parts of an image: a share is one of them."""
+
+    def run(at, share, count, worker):
+        given = carray(numbers_at(at), 24)
+        parts, channels = given[23], given[17]
+        n, part = share // parts, share % parts
+        strew(
+            five(given, 0), five_bytes(given, 6), five(given, 12), table(given, 18), line(given, 21),
+            channels * part // parts, channels * (part + 1) // parts, n,
         )  # fmt: skip
 
     return job(run, STAMP)
