@@ -57,15 +57,15 @@ def by_numpy() -> Iterator[None]:
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The counts of chunks of every loop that has run."""
+    """The shares of every job that has run."""
     found: list[int] = []
-    spread = compiled.spread
+    run = compiled.run
 
-    def noted(count: int, *rest: Any) -> None:
-        found.append(count)
-        spread(count, *rest)
+    def noted(job: int, arguments: Any, shares: int, parallel: bool = True) -> None:
+        found.append(shares)
+        run(job, arguments, shares, parallel)
 
-    monkeypatch.setattr(compiled, "spread", noted)
+    monkeypatch.setattr(compiled, "run", noted)
     return found
 
 

@@ -6,13 +6,13 @@ to the width. Sums are taken over a few lines in the arrays' dtype and added up 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpuconv import compiled
+from gpuconv import compiled, memory
 
 __all__ = ["gradient", "gradient_sums", "moments", "normalized", "takes"]
 
@@ -25,16 +25,22 @@ CHUNK = 256 * 1024
 WIDTH = 1024
 
 
-class _Loops(NamedTuple):
-    moments: Callable[..., None]
-    gradient_sums: Callable[..., None]
-    normalized: Callable[..., None]
-    gradient: Callable[..., None]
+class _Jobs(NamedTuple):
+    """Jobs of lines, for :meth:`_Lines.run` and :meth:`_Lines.add`."""
+
+    moments: int
+    gradient_sums: int
+    normalized: int
+    gradient: int
 
 
 @cache
-def _loops() -> _Loops:
-    from numba import njit
+def _jobs() -> _Jobs:
+    from numba import carray, njit
+    from numba.extending import register_jitable
+
+    from gpuconv.engines.numba_memory import STAMP, doubles_at, floats_at, numbers_at
+    from gpuconv.engines.numba_team_loops import job
 
     options, few = compiled.OPTIONS, LINES
 
@@ -128,7 +134,64 @@ def _loops() -> _Loops:
                 h[i] = ((b[i] - m) * s + g[i] + t) * k
             line += 2
 
-    return _Loops(moments, gradient_sums, normalized, gradient)
+    # given: lines, width, numbers of the rest, lines of a share; then arrays. A share is some lines,
+    # or what is left behind them as one more, shorter line.
+
+    @register_jitable(inline="always")
+    def lines_of(given, at, share):
+        lines, width, rest, step = given[0], given[1], given[2], given[3]
+        if share * step < lines:
+            return carray(floats_at(given[at]), (lines, width))
+        return carray(floats_at(given[at] + 4 * lines * width), (1, rest))
+
+    @register_jitable(inline="always")
+    def range_of(given, share):
+        lines, step = given[0], given[3]
+        if share * step < lines:
+            return share * step, min(lines, (share + 1) * step)
+        return 0, 1
+
+    @register_jitable(inline="always")
+    def values(given, at):
+        return carray(floats_at(given[at]), given[at + 1])
+
+    @register_jitable(inline="always")
+    def total_of(given, at, share):
+        total = carray(doubles_at(given[at]), (given[at + 1], given[at + 2], given[at + 3]))
+        return total[share]
+
+    def moments_job(at, share, count, worker):
+        given = carray(numbers_at(at), 12)
+        start, stop = range_of(given, share)
+        moments(lines_of(given, 4, share), values(given, 6), total_of(given, 8, share), start, stop)
+
+    def gradient_sums_job(at, share, count, worker):
+        given = carray(numbers_at(at), 14)
+        start, stop = range_of(given, share)
+        gradient_sums(
+            lines_of(given, 4, share), lines_of(given, 6, share), values(given, 8),
+            total_of(given, 10, share), start, stop,
+        )  # fmt: skip
+
+    def normalized_job(at, share, count, worker):
+        given = carray(numbers_at(at), 15)
+        start, stop = range_of(given, share)
+        normalized(
+            lines_of(given, 4, share), lines_of(given, 6, share), values(given, 8),
+            values(given, 10), values(given, 12), given[14] != 0, start, stop,
+        )  # fmt: skip
+
+    def gradient_job(at, share, count, worker):
+        given = carray(numbers_at(at), 18)
+        start, stop = range_of(given, share)
+        gradient(
+            lines_of(given, 4, share), lines_of(given, 6, share), lines_of(given, 8, share),
+            values(given, 10), values(given, 12), values(given, 14), values(given, 16),
+            start, stop,
+        )  # fmt: skip
+
+    made = (moments_job, gradient_sums_job, normalized_job, gradient_job)
+    return _Jobs(*(job(one, STAMP) for one in made))
 
 
 def takes(*arrays: Array) -> bool:
@@ -147,71 +210,44 @@ class _Lines:
         self.step = max(1, CHUNK // self.width)
         self.parallel = rows * columns >= compiled.PARALLEL
 
-    def views(self, a: Array) -> list[Array]:
-        """Return the lines, and the rest as one more, shorter line."""
-        flat, end = a.reshape(-1), self.lines * self.width
-        found = [flat[:end].reshape(self.lines, self.width)]
-        return [*found, flat[end:].reshape(1, -1)] if self.rest else found
-
     def tiled(self, values: Array | None, dtype: Any) -> Array:
         """Return a column's values repeated to the width; zeros for None."""
         if values is None:
             return np.zeros(self.width, dtype)
         return np.tile(np.asarray(values).astype(dtype), self.fold)
 
-    def run(self, loop: Callable[..., None], arrays: list[Array], *values: Any) -> None:
-        """Call ``loop(*arrays, *values, start, stop)`` for chunks of lines."""
-        views = [self.views(a) for a in arrays]
-        count = -(-self.lines // self.step)
+    def run(self, job: int, arrays: Sequence[Array], *arguments: Any) -> None:
+        """Run a job on arrays of lines, and what else it takes."""
+        flats = [a.reshape(-1) for a in arrays]
+        shares = -(-self.lines // self.step) + bool(self.rest)
+        sizes = self.lines, self.width, self.rest * self.columns, self.step
+        compiled.run(job, (*sizes, *flats, *arguments), shares, self.parallel)
 
-        def work(k: int) -> None:
-            if k == count:
-                short = [v[: self.rest * self.columns] if np.ndim(v) else v for v in values]
-                loop(*[v[1] for v in views], *short, 0, 1)
-            else:
-                loop(*[v[0] for v in views], *values, k * self.step,
-                     min(self.lines, (k + 1) * self.step))  # fmt: skip
-
-        compiled.spread(count + bool(self.rest), work, self.parallel)
-
-    def add(self, loop: Callable[..., None], arrays: list[Array], shift: Array) -> Array:
-        """Return two sums of every column, ``(2, columns)``; chunks are added in their order."""
-        views = [self.views(a) for a in arrays]
-        count = -(-self.lines // self.step)
-        totals = np.zeros((count + bool(self.rest), 2, self.width))
-
-        def work(k: int) -> None:
-            if k == count:
-                size = self.rest * self.columns
-                held = np.zeros((2, size))
-                loop(*[v[1] for v in views], shift[:size], held, 0, 1)
-                totals[k, :, :size] = held
-            else:
-                start = k * self.step
-                stop = min(self.lines, start + self.step)
-                loop(*[v[0] for v in views], shift, totals[k], start, stop)
-
-        compiled.spread(len(totals), work, self.parallel)
+    def add(self, job: int, arrays: Sequence[Array], shift: Array) -> Array:
+        """Return two sums of every column, ``(2, columns)``; shares are added in their order."""
+        shares = -(-self.lines // self.step) + bool(self.rest)
+        totals = np.zeros((shares, 2, self.width))
+        self.run(job, arrays, shift, totals)
         return totals.sum(axis=0).reshape(2, self.fold, self.columns).sum(axis=1)
 
 
 def moments(x: Array, shift: Array | None) -> Array:
     """Return the sums of ``x - shift`` and of its squares, of every column."""
     lines = _Lines(*x.shape)
-    return lines.add(_loops().moments, [x], lines.tiled(shift, x.dtype))
+    return lines.add(_jobs().moments, [x], lines.tiled(shift, x.dtype))
 
 
 def gradient_sums(dy: Array, x: Array, shift: Array | None) -> Array:
     """Return the sums of ``dy * (x - shift)`` and of ``dy``, of every column."""
     lines = _Lines(*x.shape)
-    return lines.add(_loops().gradient_sums, [dy, x], lines.tiled(shift, x.dtype))
+    return lines.add(_jobs().gradient_sums, [dy, x], lines.tiled(shift, x.dtype))
 
 
 def normalized(x: Array, shift: Array | None, slope: Array, level: Array, rectify: bool) -> Array:
     """Return ``(x - shift) * slope + level``, at least zero if ``rectify``."""
-    lines, out = _Lines(*x.shape), np.empty_like(x)
+    lines, out = _Lines(*x.shape), memory.empty_as(x)
     values = [lines.tiled(v, x.dtype) for v in (shift, slope, level)]
-    lines.run(_loops().normalized, [x, out], *values, rectify)
+    lines.run(_jobs().normalized, [x, out], *values, int(rectify))
     return out
 
 
@@ -219,7 +255,7 @@ def gradient(
     dy: Array, x: Array, shift: Array | None, bend: Array, level: Array, slope: Array
 ) -> Array:
     """Return ``((x - shift) * bend + dy + level) * slope``."""
-    lines, dx = _Lines(*x.shape), np.empty_like(x)
+    lines, dx = _Lines(*x.shape), memory.empty_as(x)
     values = [lines.tiled(v, x.dtype) for v in (shift, bend, level, slope)]
-    lines.run(_loops().gradient, [dy, x, dx], *values)
+    lines.run(_jobs().gradient, [dy, x, dx], *values)
     return dx
