@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks import layers, predict
 from benchmarks.gpu.pages import goals_table, means_table
+from benchmarks.machine import title
 from benchmarks.net import best_torch
 from benchmarks.report import PASS_TITLES, memory, number, overhead, summary
 
@@ -23,7 +24,7 @@ def readme_section(result: dict[str, Any], net: dict[str, Any] | None, page: str
     torch = f"PyTorch {versions['torch']}, " if "torch" in versions else ""
     lines = [
         ("**With the extra `numba`**" if options.get("compiled") else "**With NumPy alone**")
-        + f" on the CPU, {result['date'][:10]}: {machine['cpu']}, {options['threads']} threads, NumPy "
+        + f" on the CPU, {result['date'][:10]}: {title(machine)}, {options['threads']} threads, NumPy "
         f"{versions.get('numpy', '')}, {torch}each peer in its own process, in turn. A number is a "
         "peer's time over gpuconv's (above 1, gpuconv is the faster): the geometric mean over the "
         "layers, in brackets the least. "

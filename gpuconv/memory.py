@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,7 +29,11 @@ LARGE = 1 << 20
 STEP = 1 << 16
 _ALIGNED = 64
 
-_lock = threading.RLock()  # again by its holder: a collection may end arrays at any time
+#: Held while what is kept is counted. Nobody waits for it: a collection may end arrays at any
+#: time, also in the thread that holds it.
+_lock = threading.Lock()
+#: Memory that came back and is not counted yet.
+_returned: deque[Array] = deque()
 _free: OrderedDict[int, list[Array]] = OrderedDict()
 _kept = 0
 
@@ -48,7 +52,8 @@ class _Held:
         }  # fmt: skip
 
     def __del__(self) -> None:
-        _give_back(self._memory)
+        _returned.append(self._memory)
+        _count()
 
 
 def empty(shape: Sequence[int], dtype: Any) -> Array:
@@ -77,41 +82,64 @@ def clear() -> None:
     """Give all that is not in use back to the system."""
     global _kept
     with _lock:
+        _returned.clear()
         _free.clear()
         _kept = 0
 
 
 def _taken(size: int) -> Array:
+    """Return memory that was kept, if there is of this size, else new."""
     global _kept
-    with _lock:
-        found = _free.get(size)
-        if found:
-            _free.move_to_end(size)
-            _kept -= size
-            return found.pop()
-    return np.empty(size, np.uint8)
+    found: Array = None
+    if _lock.acquire(blocking=False):
+        try:
+            if size in _free:
+                found = _free[size].pop()
+                _kept -= size
+                if _free[size]:
+                    _free.move_to_end(size)
+                else:
+                    del _free[size]
+        finally:
+            _lock.release()
+        _count()
+    if found is not None:
+        return found
+    try:
+        return np.empty(size, np.uint8)
+    except MemoryError:
+        if not _kept:
+            raise
+        clear()
+        return np.empty(size, np.uint8)
 
 
-def _give_back(memory: Array) -> None:
+def _count() -> None:
+    """Keep what came back, within the limit; whoever holds the lock does it for the others."""
     global _kept
-    size = len(memory)
-    with _lock:
-        _free.setdefault(size, []).append(memory)
-        _free.move_to_end(size)
-        _kept += size
-        while _kept > settings.get_workspace_limit():
-            oldest = next(iter(_free))
-            if _free[oldest]:
+    limit = settings.get_workspace_limit()
+    while _returned and _lock.acquire(blocking=False):
+        try:
+            while _returned:
+                memory = _returned.popleft()
+                size = len(memory)
+                _free.setdefault(size, []).append(memory)
+                _free.move_to_end(size)
+                _kept += size
+            while _kept > limit:
+                oldest = next(iter(_free))
                 _free[oldest].pop()
                 _kept -= oldest
-            if not _free[oldest]:
-                del _free[oldest]
+                if not _free[oldest]:
+                    del _free[oldest]
+        finally:
+            _lock.release()
 
 
 def _after_fork() -> None:
     """Another thread may have held the lock when this process began."""
     global _lock
-    _lock = threading.RLock()
+    _lock = threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):

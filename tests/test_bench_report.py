@@ -180,3 +180,10 @@ def test_plots_of_a_run_without_peers(stored, tmp_path):
 )
 def test_file_names(cpu, cores, want):
     assert machine.slug({"cpu": cpu, "cores": cores}) == want
+
+
+def test_processors_of_one_name_are_told_apart():
+    old, new = ({"cpu": "AMD EPYC", "cores": 2, "family": f, "model": "1"} for f in ("25", "26"))
+    assert machine.slug(old) == "amd-epyc-family-25-model-1-2-cores"
+    assert machine.slug(new) != machine.slug(old)
+    assert machine.title(new) == "AMD EPYC (family 26, model 1)"

@@ -100,6 +100,18 @@ def test_a_cycle_gives_its_memory_back() -> None:
     assert memory.kept() >= 2 * MEGABYTE
 
 
+def test_what_ends_while_memory_is_counted_comes_back_too() -> None:
+    first, second = (memory.empty((n * MEGABYTE,), "uint8") for n in (2, 3))
+    with memory._lock:  # as when a collection begins there
+        del first
+        assert memory.kept() == 0
+    del second
+    assert memory.kept() >= 5 * MEGABYTE
+    with memory._lock:
+        other = memory.empty((2 * MEGABYTE,), "uint8")
+    assert other.shape == (2 * MEGABYTE,)
+
+
 def test_many_threads_never_share() -> None:
     wrong = []
 
