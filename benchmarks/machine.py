@@ -47,7 +47,7 @@ def compiled_stem(result: Mapping[str, Any]) -> str:
 def title(machine: Mapping[str, Any]) -> str:
     """Return the processor in words, with what tells it where its name does not."""
     known = [f"{part} {machine[part]}" for part in ("family", "model") if machine.get(part)]
-    return machine["cpu"] + (f" ({', '.join(known)})" if known else "")
+    return str(machine["cpu"]) + (f" ({', '.join(known)})" if known else "")
 
 
 def slug(machine: dict[str, Any]) -> str:
