@@ -29,6 +29,10 @@ def row(shape, own, torch, *, pass_="forward", kind="1x1", extra=2**20):
     }  # fmt: skip
 
 
+#: What the files of the stored result are called.
+STEM = "acme-9000-family-1-model-2-2-cores"
+
+
 @pytest.fixture
 def stored():
     """A result with numbers that can be followed by hand."""
@@ -141,10 +145,8 @@ def test_page(stored):
 def test_files(stored, tmp_path):
     matplotlib = pytest.importorskip("matplotlib.image")
     files = report.write(stored, tmp_path / "results")
-    assert sorted(f.name for f in files) == [
-        "acme-9000-family-1-model-2-2-cores-float32-ratio.png", "acme-9000-2-cores-float32-roofline.png",
-        "acme-9000-family-1-model-2-2-cores-float32-scaling.png",
-        "acme-9000-family-1-model-2-2-cores.json", "acme-9000-2-cores.md",
+    assert sorted(f.name.removeprefix(STEM) for f in files) == [
+        "-float32-ratio.png", "-float32-roofline.png", "-float32-scaling.png", ".json", ".md",
     ]  # fmt: skip
     again = json.loads(files[0].read_text())
     wrong = again["rows"][3]["peers"]["torch"]["wrong"]["NCHW"]
@@ -156,11 +158,8 @@ def test_files(stored, tmp_path):
         assert min(image.shape[:2]) > 200
         assert 0.01 < (image[..., :3].min(-1) < 0.8).mean() < 0.5  # something is drawn on white
     both = {**stored, "options": {**stored["options"], "dtypes": ["float64"]}}
-    names = [f.name for f in report.write({**both, "rows": []}, tmp_path, plots=False)]
-    assert names == [
-        "acme-9000-family-1-model-2-2-cores-float64.json",
-        "acme-9000-2-cores-float64.md",
-    ]
+    files = report.write({**both, "rows": []}, tmp_path, plots=False)
+    assert [f.name for f in files] == [f"{STEM}-float64.json", f"{STEM}-float64.md"]
 
 
 def test_plots_of_a_run_without_peers(stored, tmp_path):
@@ -169,7 +168,7 @@ def test_plots_of_a_run_without_peers(stored, tmp_path):
         del entry["peers"]["torch"]
     del stored["peers"]["torch"]
     files = report.write(stored, tmp_path)
-    names = [f.name.removeprefix("acme-9000-family-1-model-2-2-cores-float32-") for f in files[2:]]
+    names = [f.name.removeprefix(f"{STEM}-float32-") for f in files[2:]]
     assert names == ["scaling.png", "roofline.png"]
     assert "No peer to compare with." in files[1].read_text()
 
