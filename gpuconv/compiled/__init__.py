@@ -21,17 +21,10 @@ import numpy as np
 
 from gpuconv import settings
 
-__all__ = ["OPTIONS", "SMALL", "available", "numba_missing", "plain", "run"]
+__all__ = ["SMALL", "available", "numba_missing", "plain", "run"]
 
 Array = np.ndarray[Any, Any]
 
-#: How loops are compiled.
-OPTIONS: dict[str, Any] = {
-    "nogil": True,
-    "cache": True,
-    "boundscheck": False,
-    "error_model": "numpy",
-}
 #: Elements below which NumPy's calls cost less than looking for a loop.
 SMALL = 16 * 1024
 #: Elements from which on a second thread is worth its start.

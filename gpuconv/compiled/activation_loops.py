@@ -245,4 +245,4 @@ def loop(kind: str, name: str, at: int) -> int | None:
             for i in range(to.size):
                 to[i] = f(dy[i], to[i], a, b)
 
-    return job(run, STAMP)
+    return job(run, kind, name, at, STAMP)

@@ -125,6 +125,7 @@ def pool(x: Array, y: Array, w: Any, mode: str, padded: str) -> bool:
         and math.prod(w.kernel) > MOST_READ * math.prod(w.stride)
     ):
         return False
+
     from gpuconv.compiled import pooling_loops as loops
 
     t, x, y = _found(w, padded, x.shape[-1]), _five(x), _five(y)
@@ -141,6 +142,7 @@ def mean_grad(dy: Array, dx: Array, w: Any, padded: str) -> bool:
     """Do what its namesake of :mod:`gpuconv.engines.pooling` does; return whether it could."""
     if not _takes(w, dx, dy) or math.prod(w.kernel[:-1]) > MOST_ROWS * math.prod(w.stride[:-1]):
         return False
+
     from gpuconv.compiled import pooling_loops as loops
 
     t, dy, dx = _found(w, padded, dx.shape[-1]), _five(dy), _five(dx)
@@ -154,6 +156,7 @@ def pool_max(x: Array, y: Array, w: Any, padded: str) -> Array | None:
     """Write the maxima into ``y``; return the winners' taps for :func:`max_grad`, or None."""
     if not _takes(w, x, y) or math.prod(w.kernel) > MOST_WINNERS:
         return None
+
     from gpuconv.compiled import pooling_loops as loops
 
     t, x, y = _found(w, padded, x.shape[-1]), _five(x), _five(y)
@@ -165,7 +168,7 @@ def pool_max(x: Array, y: Array, w: Any, padded: str) -> Array | None:
 
 def max_grad(dy: Array, code: Array, dx: Array, w: Any) -> None:
     """Write the gradient of a maximum into ``dx``, dense as ``dy`` need not be."""
-    from gpuconv.compiled import pooling_loops as loops
+    from gpuconv.compiled import pooling_grad_loops as loops
 
     t = _found(w, "outside", dx.shape[-1])
     dy, dx = _five(np.ascontiguousarray(dy, dx.dtype)), _five(dx)
@@ -189,7 +192,8 @@ def pool_indices(x: Array, y: Array, indices: Array, w: Any) -> bool:
     code = pool_max(x, y, w, "outside")
     if code is None:
         return False
-    from gpuconv.compiled import pooling_loops as loops
+
+    from gpuconv.compiled import pooling_grad_loops as loops
 
     t = _found(w, "outside", x.shape[-1])
     found = _five(indices)
@@ -203,7 +207,8 @@ def scatter(dy: Array, indices: Array, dx: Array) -> bool:
         return False
     if not compiled.plain(dx, dy) or not indices.flags.c_contiguous:
         return False
-    from gpuconv.compiled import pooling_loops as loops
+
+    from gpuconv.compiled import pooling_grad_loops as loops
 
     batch = len(dx)
     given, places, into = (a.reshape(batch, -1) for a in (dy, indices, dx))
