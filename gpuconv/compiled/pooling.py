@@ -25,6 +25,8 @@ MOST_ROWS = 48
 MOST_WINNERS = 255
 #: Windows that a cell is part of, from which on it is not asked which of them it has won.
 MOST_ASKED = 16
+#: Bytes of an image of cells that stays in a core's cache while windows strew into it.
+STREWN = 256 * 1024
 #: Windows that a cell is part of, from which on a maximum of rows' maxima takes fewer steps.
 MOST_READ = 3
 
@@ -172,7 +174,7 @@ def max_grad(dy: Array, code: Array, dx: Array, w: Any) -> None:
 
     t = _found(w, "outside", dx.shape[-1])
     dy, dx = _five(np.ascontiguousarray(dy, dx.dtype)), _five(dx)
-    if math.prod(w.kernel) > MOST_ASKED * math.prod(w.stride):
+    if dx[0].nbytes <= STREWN or math.prod(w.kernel) > MOST_ASKED * math.prod(w.stride):
         # Windows of an image overlap, and its channels do not.
         batch, channels = len(dx), dx.shape[-1]
         parts = 1 if batch > 1 else min(4, max(1, channels // 16))
