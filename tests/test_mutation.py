@@ -359,6 +359,21 @@ def kernels_built() -> None:
     build.kernel_library(kernels.read("conv_atomic.cu"), ("-std=c++17", *DEFINES), "checked")
 
 
+def test_what_does_not_build_for_a_later_check() -> None:
+    """The look at the machine code, after some checks, compiles what none of them has."""
+    from tests.mutation import trial
+
+    if compiler_available():
+        pytest.skip(str(compiler_available()))
+    at = SOURCES["common.cuh"].index("typedef T type;")
+    mutant = Mutant("common.cuh", 1, "made up", at, at + 15, "typedef no type;", "", "")
+    launch = Launch(("conv_atomic.cu", "common.cuh"), ("-std=c++17", *DEFINES), "k")
+    made = [Check(f"{i}", "x", lambda: None) for i in range(trial.PATIENCE)]
+    made.append(Check("builds", "x", lambda: kernels_built()))
+    ((_, outcome),) = trial.Runner({c.name: (launch,) for c in made}, 1).run([mutant], made)
+    assert outcome.status == "no build", outcome
+
+
 def test_what_does_not_build_is_not_done_in_another_way(tmp_path: Path) -> None:
     """Without its kernels for one architecture the engine uses others; a check may not."""
     from tests.mutation import trial

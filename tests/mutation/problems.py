@@ -173,6 +173,7 @@ PROBLEMS = (
     convolution("depthwise-40", (2, 17, 5, 40), (3, 3, 1, 40), groups=40, padding=((2, 0), (0, 1))),
     convolution("depthwise-line", (2, 70, 8), (4, 1, 8), groups=8, padding=((3, 0),)),
     convolution("depthwise-line-odd", (1, 37, 35), (3, 1, 35), groups=35, stride=2, padding=1),
+    convolution("depthwise-line-first", (2, 23, 3), (3, 1, 3), groups=3, padding=1, first=True),
     convolution("depthwise-block", (3, 15, 6, 8), (3, 3, 1, 8), groups=8, padding=1, one_block=True),
     convolution("depthwise-shares", (137, 4, 5, 8), (3, 3, 1, 8), groups=8, padding=1,
                 activation=None),
