@@ -16,7 +16,7 @@ import pytest
 from gpuconv.cuda import kernels
 from tests.cuda_on_cpu import compiler_available
 from tests.mutation import survey, survivors
-from tests.mutation.checks import Check
+from tests.mutation.checks import Check, checks
 from tests.mutation.command import Kept, scored
 from tests.mutation.rules import Mutant, mutants
 from tests.mutation.survey import Launch, chosen, fingerprint
@@ -156,6 +156,23 @@ def test_every_listed_survivor_is_a_change_of_its_file() -> None:
     assert survivors.unfit([*entries, gone], []) == [*entries, gone]
 
 
+def test_of_changes_that_read_the_same_some_may_be_listed(tmp_path: Path) -> None:
+    source = "s = S(0), t = S(0);\nu = S(0);\ns = S(0), t = S(0);\n"
+    found = [m for m in mutants("f.cu", source) if m.rule == "constant"]
+    assert [(m.line, m.number) for m in found] == [(1, 1), (1, 2), (2, 1), (3, 3), (3, 4)]
+    file = tmp_path / "survivors.toml"
+    text = (
+        '[[survivor]]\nfile = "f.cu"\ncode = "s = S(0), t = S(0);"\nchange = "( [0 -> 1] )"\n'
+        'reason = "nobody reads it"\nnumbers = '
+    )
+    file.write_text(text + "[2, 3]\n")
+    (entry,) = survivors.load(file)
+    assert [entry.fits(m) for m in found] == [False, True, False, True, False]
+    assert survivors.unfit([entry], found) == []
+    file.write_text(text + "[4, 5]\n")  # there is no fifth
+    assert survivors.unfit(survivors.load(file), found) == survivors.load(file)
+
+
 def test_a_listed_survivor_has_a_reason(tmp_path: Path) -> None:
     file = tmp_path / "survivors.toml"
     file.write_text('[[survivor]]\nfile = "a"\ncode = "b"\nchange = "c"\nreason = "equivalent"\n')
@@ -211,6 +228,25 @@ def test_checks_are_chosen_by_topic_and_constant(monkeypatch: pytest.MonkeyPatch
     assert [c.name for c in chosen("a.cu", every, launches)] == ["7", "5", "3", "1", "4"]
     assert [c.name for c in chosen("common.cuh", every, launches)] == ["7", "5", "3", "1", "4"]
     assert [c.name for c in chosen("b.cu", every, launches)] == ["6"]
+
+
+@pytest.mark.skipif(compiler_available() is not None, reason="needs a C++ compiler")
+def test_what_is_made_for_one_architecture_is_reached_there() -> None:
+    """Each such check launches it; maps of memory that lies elsewhere make no other fingerprint."""
+    made = [c for c in checks(["cuda_tensor_core"]) if "/wgmma-" in c.name]
+    first, second = survey.survey(made), survey.survey(made)
+    kinds = set()
+    for check in made:
+        (one, *rest) = first[check.name]
+        assert one.files[0] == "conv_wgmma.cu", check.name
+        assert {"wgmma.cuh", "tma.cuh"} < set(one.files)
+        assert all(other.files[0] == "split_sum.cu" for other in rest)
+        assert fingerprint(first[check.name]) == fingerprint(second[check.name])
+        kinds.add(re.sub(r"_\d+x\d+$", "", one.kernel))
+    assert len({fingerprint(v) for v in first.values()}) == len(made)
+    passes = ("forward", "input_grad", "weight_grad")
+    every = {f"conv_{p}_wgmma_{d}" for p in passes for d in ("f16", "bf16", "tf32")}
+    assert kinds == every - {"conv_weight_grad_wgmma_tf32"}
 
 
 # ------------------------------------------------------------------------------ a real sample
@@ -313,6 +349,35 @@ def kernels_built() -> None:
     from tests.cuda_on_cpu import build
 
     build.kernel_library(kernels.read("conv_atomic.cu"), ("-std=c++17", *DEFINES), "checked")
+
+
+def test_what_does_not_build_for_a_later_check() -> None:
+    """The look at the machine code, after some checks, compiles what none of them has."""
+    from tests.mutation import trial
+
+    if compiler_available():
+        pytest.skip(str(compiler_available()))
+    at = SOURCES["common.cuh"].index("typedef T type;")
+    mutant = Mutant("common.cuh", 1, "made up", at, at + 15, "typedef no type;", "", "")
+    launch = Launch(("conv_atomic.cu", "common.cuh"), ("-std=c++17", *DEFINES), "k")
+    made = [Check(f"{i}", "x", lambda: None) for i in range(trial.PATIENCE)]
+    made.append(Check("builds", "x", lambda: kernels_built()))
+    ((_, outcome),) = trial.Runner({c.name: (launch,) for c in made}, 1).run([mutant], made)
+    assert outcome.status == "no build", outcome
+
+
+def test_what_does_not_build_is_not_done_in_another_way(tmp_path: Path) -> None:
+    """Without its kernels for one architecture the engine uses others; a check may not."""
+    from tests.mutation import trial
+
+    (check,) = (c for c in checks(["cuda_tensor_core"]) if c.name.endswith("wgmma-small-y"))
+    text = SOURCES["conv_wgmma.cu"]
+    at = text.index("const int ROW = 128;")
+    for new, status in (("const int ROW = no;", "no build"), ("const int ROW = 64; ", "caught")):
+        mutant = Mutant("conv_wgmma.cu", 1, "made up", at, at + 20, new, "", "")
+        runner = trial.Runner(survey.survey([check]), 1)
+        ((_, outcome),) = runner.run([mutant], [check])
+        assert outcome.status == status, outcome
 
 
 def test_a_check_that_fails_on_sound_kernels_is_an_error(tmp_path: Path) -> None:

@@ -21,11 +21,13 @@ from gpuconv.activations import get_activation
 from gpuconv.cuda import kernels
 from gpuconv.cuda import normalization as on_device
 from gpuconv.cuda.tensor_tiles import TILES
+from gpuconv.engines import tensor_wgmma
 from gpuconv.engines.base import PASSES
 from tests.cuda_on_cpu import stand_in
 from tests.mutation.problems import (
     ACTIVATIONS,
     PROBLEMS,
+    WGMMA,
     Problem,
     convolution,
     described,
@@ -235,6 +237,48 @@ def _takes(engine: str, problem: Problem, dtype: str) -> bool:
         return any(made.unsupported(convolved, p) is None for p in PASSES)
 
 
+# ------------------------------------------------------------------- compute capability 9.0
+
+
+def _on_hopper(problem: Problem, dtype: str, wanted: str) -> None:
+    """Compute one pass as compute capability 9.0 does."""
+    engine, data = "cuda_tensor_core", _oracle(problem, dtype)
+    call, back = getattr(gpuconv, problem.call), getattr(gpuconv, f"{problem.call}_backward")
+    with (
+        stand_in("checked", 1, capability=90) as cp,
+        gpuconv.engine(engine),
+        in_force(problem, dtype),
+        mock.patch.object(tensor_wgmma._log, "warning", _refused),
+    ):
+        x, w, b, dy = (cp.asarray(data[n]) for n in ("x", "w", "b", "dy"))
+        if wanted == "y":
+            got = call(x, w, b if problem.bias else None, **problem.keywords)
+        else:
+            got = back(dy, x, w, needs=wanted, **problem.keywords)["xw".index(wanted)]
+        reduction = data["dy"].size // problem.w[-1] if wanted == "w" else np.prod(problem.w[:-1])
+        name = wanted if wanted == "y" else f"d{wanted}"
+        _close(engine, problem, dtype, int(reduction), got, data, name)
+
+
+def _refused(text: str, reason: object) -> None:
+    """In the place of a warning that another kernel is used: here nothing else will do."""
+    raise reason if isinstance(reason, Exception) else RuntimeError(text % reason)
+
+
+def _of_hopper() -> Iterator[Check]:
+    for dtype, passes, problem in WGMMA:
+        for wanted in passes:
+
+            def run(p: Problem = problem, d: str = dtype, q: str = wanted) -> None:
+                _on_hopper(p, d, q)
+
+            def prepare(p: Problem = problem, d: str = dtype) -> None:
+                _oracle(p, d)
+
+            topic = f"{problem.name}-{wanted}"
+            yield Check(f"cuda_tensor_core/{dtype}/{topic}", topic, run, prepare, f"{problem}")
+
+
 # ------------------------------------------------------------------------------ normalisation
 
 
@@ -303,7 +347,8 @@ def checks(engines: Collection[str] | None = None) -> list[Check]:
             if engines is None or engine in engines
             for check in _of_engine(engine)
         ]
-    return [*made, *_of_normalisation(), *_of_banks()]
+    hopper = _of_hopper() if engines is None or "cuda_tensor_core" in engines else ()
+    return [*made, *_of_normalisation(), *_of_banks(), *hopper]
 
 
 def _of_engine(engine: str) -> Iterator[Check]:

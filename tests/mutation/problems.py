@@ -17,7 +17,7 @@ import numpy as np
 
 import gpuconv
 from gpuconv import settings
-from gpuconv.cuda import kernels, prepared, tensor_tiles, tiles
+from gpuconv.cuda import kernels, prepared, tensor_tiles, tiles, wgmma_tiles
 from gpuconv.engines import cuda_arrays, cuda_tensor_core, cuda_winograd_plan
 from gpuconv.functional import _hashable, _plan
 from gpuconv.problem import ConvProblem
@@ -25,6 +25,7 @@ from gpuconv.problem import ConvProblem
 __all__ = [
     "ACTIVATIONS",
     "PROBLEMS",
+    "WGMMA",
     "Problem",
     "convolution",
     "described",
@@ -62,6 +63,8 @@ class Problem:
         Images and the result lie in larger arrays, so that nothing is dense.
     blank : bool
         The first rows are zero and the rest is large: the activation at a kink and beyond.
+    wgmma : str
+        The tile of warpgroups' products, on a device of compute capability 9.0.
     """
 
     name: str
@@ -81,6 +84,7 @@ class Problem:
     poison: int | None = None
     spread: bool = False
     blank: bool = False
+    wgmma: str = ""
 
     @property
     def call(self) -> str:
@@ -169,6 +173,7 @@ PROBLEMS = (
     convolution("depthwise-40", (2, 17, 5, 40), (3, 3, 1, 40), groups=40, padding=((2, 0), (0, 1))),
     convolution("depthwise-line", (2, 70, 8), (4, 1, 8), groups=8, padding=((3, 0),)),
     convolution("depthwise-line-odd", (1, 37, 35), (3, 1, 35), groups=35, stride=2, padding=1),
+    convolution("depthwise-line-first", (2, 23, 3), (3, 1, 3), groups=3, padding=1, first=True),
     convolution("depthwise-block", (3, 15, 6, 8), (3, 3, 1, 8), groups=8, padding=1, one_block=True),
     convolution("depthwise-shares", (137, 4, 5, 8), (3, 3, 1, 8), groups=8, padding=1,
                 activation=None),
@@ -196,6 +201,32 @@ PROBLEMS = (
     convolution("depthwise-poison-edge", (2, 9, 11, 8), (3, 3, 1, 8), groups=8, poison=0,
                 activation=None),
     convolution("depthwise-wide", (2, 7, 6, 12), (3, 3, 1, 12), groups=12, padding=1, wide=True),
+)  # fmt: skip
+
+
+def _wgmma(name: str, x: tuple[int, ...], w: tuple[int, ...], **options: Any) -> Problem:
+    options = {"wgmma": "64x64", "activation": None, "bias": False, **options}
+    return convolution(f"wgmma-{name}", x, w, **options)
+
+
+#: What compute capability 9.0 does in its own way: dtype, passes (y, x, w) and the convolution.
+#: A step is 64 values of 16 bits deep, a ring of four or five steps.
+WGMMA = (
+    ("float16", "yxw", _wgmma("small", (1, 9, 8, 24), (3, 2, 24, 40), padding=1, stride=(2, 1))),
+    ("float16", "yxw", _wgmma("ring", (2, 5, 11, 136), (2, 2, 136, 72), padding=((0, 1), (1, 0)))),
+    ("float16", "yxw", _wgmma("groups", (1, 5, 6, 128), (2, 3, 64, 128), groups=2, padding=1)),
+    ("float16", "w", _wgmma("groups-40", (1, 5, 6, 80), (3, 1, 40, 32), groups=2)),
+    ("float16", "yxw", _wgmma("3d", (2, 5, 4, 6, 8), (3, 2, 3, 8, 16), stride=(2, 1, 2), padding=1,
+                              dilation=(1, 2, 1))),
+    ("float16", "yxw", _wgmma("splits", (1, 9, 8, 64), (2, 2, 64, 24), splits=3)),
+    ("float16", "yw", _wgmma("splits-over", (1, 6, 13, 16), (2, 1, 16, 8), splits=40)),
+    ("float16", "yxw", _wgmma("wide", (2, 5, 6, 16), (2, 3, 16, 24), padding=1, wide=True)),
+    ("float16", "y", _wgmma("bias", (1, 6, 5, 16), (1, 2, 16, 80), bias=True, activation="ReLU")),
+    ("bfloat16", "yxw", _wgmma("bf16", (1, 7, 5, 24), (2, 2, 24, 16), stride=2, dilation=2)),
+    ("tf32", "yx", _wgmma("tf32", (1, 7, 6, 36), (3, 2, 36, 68), padding=1, stride=(1, 2),
+                          bias=True)),
+    ("float16", "yw", _wgmma("64x128", (1, 9, 9, 16), (2, 2, 16, 136), wgmma="64x128")),
+    ("float16", "yxw", _wgmma("256x64", (2, 12, 12, 16), (3, 2, 16, 8), wgmma="256x64")),
 )  # fmt: skip
 
 ACTIVATIONS = (
@@ -244,7 +275,11 @@ def in_force(problem: Problem, dtype: str) -> ExitStack:
     if problem.segments or problem.tile:
         cuda_winograd_plan.plan_of.cache_clear()
         stack.callback(cuda_winograd_plan.plan_of.cache_clear)
-    if problem.splits:
+    if problem.wgmma:
+        tile = next(t for t in wgmma_tiles.TILES if str(t) == problem.wgmma)
+        choice = wgmma_tiles.Choice(tile, problem.splits or 1, -1.0)
+        stack.enter_context(mock.patch.object(wgmma_tiles, "choose", return_value=choice))
+    elif problem.splits:
         stack.enter_context(_divided(problem.splits))
     if problem.one_block:
         stack.enter_context(mock.patch.object(kernels, "grid_for", return_value=1))

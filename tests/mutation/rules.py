@@ -7,8 +7,9 @@ looks at what the code means; a change that does not compile is thrown away late
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tests.mutation.tokens import Token, closing, opening, tokenise
 
@@ -35,6 +36,8 @@ class Mutant:
         The line as it is, without white space around it.
     change : str
         Old and new words: ``"i [< -> <=] n"``.
+    number : int
+        Which it is of its file's changes with the same code and change, from 1.
     """
 
     file: str
@@ -45,6 +48,7 @@ class Mutant:
     new: str
     code: str
     change: str
+    number: int = 1
 
     @property
     def key(self) -> str:
@@ -266,7 +270,12 @@ def mutants(file: str, source: str) -> list[Mutant]:
             for first, last, new in rule(tokens, at):
                 made = _made(file, source, lines, tokens, name, (first, last, new))
                 found.setdefault(made.key, made)
-    return list(found.values())
+    counts: Counter[tuple[str, str]] = Counter()
+    numbered = []
+    for made in found.values():
+        counts[made.code, made.change] += 1
+        numbered.append(replace(made, number=counts[made.code, made.change]))
+    return numbered
 
 
 def _made(

@@ -1,8 +1,9 @@
 """``survivors.toml``: changes that no check can notice, each with the reason.
 
 An entry names the file, the line's text and the change as it is printed, so that it survives
-edits elsewhere. An entry that fits no change of its file is an error, and so is one whose change
-was noticed.
+edits elsewhere. Where several changes of a file read the same, ``numbers`` says which of them are
+meant, counted from 1. An entry that fits no change of its file is an error, and so is one whose
+change was noticed.
 """
 
 from __future__ import annotations
@@ -32,9 +33,12 @@ class Entry:
     code: str
     change: str
     reason: str
+    numbers: tuple[int, ...] = ()
 
     def fits(self, mutant: Mutant) -> bool:
         """Return whether this is the change."""
+        if self.numbers and mutant.number not in self.numbers:
+            return False
         return (self.file, self.code, self.change) == (mutant.file, mutant.code, mutant.change)
 
     def __str__(self) -> str:
@@ -55,13 +59,15 @@ def load(file: Path = FILE) -> list[Entry]:
         found = tomllib.load(stream).get("survivor", [])
     entries = []
     for one in found:
+        numbers = tuple(one.pop("numbers", ()))
         if set(one) != {"file", "code", "change", "reason"} or len(one["reason"].split()) < 3:
             raise ValueError(f"{file.name}: file, code, change and a reason are needed: {one}")
-        entries.append(Entry(**one))
+        entries.append(Entry(**one, numbers=numbers))
     return entries
 
 
 def unfit(entries: Iterable[Entry], mutants: Iterable[Mutant]) -> list[Entry]:
-    """Return the entries that fit none of the mutants."""
+    """Return the entries that fit none of the mutants, or not all those that they number."""
     pool = list(mutants)
-    return [e for e in entries if not any(e.fits(m) for m in pool)]
+    found = [(e, sum(e.fits(m) for m in pool)) for e in entries]
+    return [e for e, count in found if count < max(1, len(set(e.numbers)))]
