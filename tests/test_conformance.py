@@ -145,8 +145,9 @@ def test_nan_and_infinity_go_where_the_definition_sends_them(engine: tuple[str, 
     x, w, given = (a.astype(widest(name)) for a in (x, w, want))
     y = host(gpuconv.conv2d(xp.asarray(x), xp.asarray(w), **options))
     np.testing.assert_array_equal(y, want)
-    rectified = host(gpuconv.conv2d(xp.asarray(x), xp.asarray(w), activation="ReLU", **options))
-    np.testing.assert_array_equal(rectified, np.maximum(want, 0))
+    for act in ("ReLU", "LeakyReLU(0)"):
+        rectified = host(gpuconv.conv2d(xp.asarray(x), xp.asarray(w), activation=act, **options))
+        np.testing.assert_array_equal(rectified, np.maximum(want, 0), err_msg=act)
     dx, dw, db = gpuconv.conv2d_backward(xp.asarray(given), xp.asarray(x), xp.asarray(w), **options)
     assert np.isnan(host(dx)[0, :4, :4, 0]).all()
     assert not np.isnan(host(dx)[0, 0:3, 5:]).any()

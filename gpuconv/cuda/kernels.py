@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gpuconv import activations
-from gpuconv.activations import ELU, GELU, SELU, Activation, Affine, LeakyReLU
+from gpuconv.activations import ELU, GELU, SELU, Activation, Affine, LeakyReLU, ReLU
 from gpuconv.cuda import prepared, runtime
 
 __all__ = [
@@ -167,6 +167,8 @@ def activation_defines(activation: Activation | None) -> dict[str, str]:
     """Return the constants that choose an activation in ``activations.cuh``."""
     if activation is None:
         return {"ACT": "0"}
+    if type(activation) is LeakyReLU and activation.alpha == 0:
+        activation = ReLU()  # as elsewhere: infinity times 0 is no number
     code = _ACTIVATIONS[type(activation)]
     first = second = 0.0
     if isinstance(activation, Affine):

@@ -298,7 +298,8 @@ def _operation(activation: Activation | None) -> tuple[Any, ...]:
     if kind is Exponential:
         return ("exp",)
     if isinstance(activation, LeakyReLU) and kind is LeakyReLU:
-        return ("relu", ("negative_slope", float(activation.alpha)))
+        slope = float(activation.alpha)
+        return ("relu", ("negative_slope", slope)) if slope else ("relu",)
     if isinstance(activation, ELU) and kind is ELU and activation.alpha == 1:
         return ("elu",)
     if isinstance(activation, GELU) and kind is GELU:
