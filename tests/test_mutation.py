@@ -23,6 +23,9 @@ from tests.mutation.survey import Launch, chosen, fingerprint
 from tests.mutation.tokens import tokenise
 from tests.mutation.trial import Outcome
 
+needs_compiler = pytest.mark.skipif(
+    compiler_available() is not None, reason=str(compiler_available())
+)
 ROOT = Path(__file__).parents[1]
 SOURCES = {
     p.name: p.read_text(encoding="utf-8")
@@ -230,7 +233,7 @@ def test_checks_are_chosen_by_topic_and_constant(monkeypatch: pytest.MonkeyPatch
     assert [c.name for c in chosen("b.cu", every, launches)] == ["6"]
 
 
-@pytest.mark.skipif(compiler_available() is not None, reason="needs a C++ compiler")
+@needs_compiler
 def test_what_is_made_for_one_architecture_is_reached_there() -> None:
     """Each such check launches it; maps of memory that lies elsewhere make no other fingerprint."""
     made = [c for c in checks(["cuda_tensor_core"]) if "/wgmma-" in c.name]
@@ -260,12 +263,7 @@ def command(*arguments: str, kept: Path, **variables: str) -> subprocess.Complet
     )  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def compiler(request: pytest.FixtureRequest) -> None:
-    if "tmp_path" in request.fixturenames and compiler_available():
-        pytest.skip(str(compiler_available()))
-
-
+@needs_compiler
 def test_a_sample_of_a_kernel(tmp_path: Path) -> None:
     sample = (
         "--engines", "cuda_atomic", "--file", "conv_atomic.cu", "--sample", "4", "--seed", "3",
@@ -280,6 +278,7 @@ def test_a_sample_of_a_kernel(tmp_path: Path) -> None:
     assert "caught  " not in again.stdout.replace(done.stdout.splitlines()[-3], "")
 
 
+@needs_compiler
 def test_a_wrong_name_and_a_score_that_is_not_reached(tmp_path: Path) -> None:
     done = command("--file", "nothing.cu", kept=tmp_path)
     assert done.returncode == 2
@@ -294,6 +293,7 @@ def test_a_wrong_name_and_a_score_that_is_not_reached(tmp_path: Path) -> None:
     assert not any('"survived"' in line for line in kept)  # by one check of many
 
 
+@needs_compiler
 def test_what_never_ends_and_what_crashes_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Children of this process: one computes for ever, one kills itself, one passes, one fails."""
     from tests.mutation import trial
@@ -351,12 +351,11 @@ def kernels_built() -> None:
     build.kernel_library(kernels.read("conv_atomic.cu"), ("-std=c++17", *DEFINES), "checked")
 
 
+@needs_compiler
 def test_what_does_not_build_for_a_later_check() -> None:
     """The look at the machine code, after some checks, compiles what none of them has."""
     from tests.mutation import trial
 
-    if compiler_available():
-        pytest.skip(str(compiler_available()))
     at = SOURCES["common.cuh"].index("typedef T type;")
     mutant = Mutant("common.cuh", 1, "made up", at, at + 15, "typedef no type;", "", "")
     launch = Launch(("conv_atomic.cu", "common.cuh"), ("-std=c++17", *DEFINES), "k")
@@ -366,7 +365,8 @@ def test_what_does_not_build_for_a_later_check() -> None:
     assert outcome.status == "no build", outcome
 
 
-def test_what_does_not_build_is_not_done_in_another_way(tmp_path: Path) -> None:
+@needs_compiler
+def test_what_does_not_build_is_not_done_in_another_way() -> None:
     """Without its kernels for one architecture the engine uses others; a check may not."""
     from tests.mutation import trial
 
@@ -380,7 +380,8 @@ def test_what_does_not_build_is_not_done_in_another_way(tmp_path: Path) -> None:
         assert outcome.status == status, outcome
 
 
-def test_a_check_that_fails_on_sound_kernels_is_an_error(tmp_path: Path) -> None:
+@needs_compiler
+def test_a_check_that_fails_on_sound_kernels_is_an_error() -> None:
     from tests.mutation import trial
 
     text = SOURCES["common.cuh"]
