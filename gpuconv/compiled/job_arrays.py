@@ -17,21 +17,23 @@ STAMP = zlib.crc32(Path(__file__).read_bytes())
 
 
 @register_jitable(inline="always")
+def shape(given, at):
+    return given[at + 1], given[at + 2], given[at + 3], given[at + 4], given[at + 5]
+
+
+@register_jitable(inline="always")
 def five(given, at):
-    shape = given[at + 1], given[at + 2], given[at + 3], given[at + 4], given[at + 5]
-    return carray(floats_at(given[at]), shape)
+    return carray(floats_at(given[at]), shape(given, at))
 
 
 @register_jitable(inline="always")
 def five_bytes(given, at):
-    shape = given[at + 1], given[at + 2], given[at + 3], given[at + 4], given[at + 5]
-    return carray(bytes_at(given[at]), shape)
+    return carray(bytes_at(given[at]), shape(given, at))
 
 
 @register_jitable(inline="always")
 def five_numbers(given, at):
-    shape = given[at + 1], given[at + 2], given[at + 3], given[at + 4], given[at + 5]
-    return carray(numbers_at(given[at]), shape)
+    return carray(numbers_at(given[at]), shape(given, at))
 
 
 @register_jitable(inline="always")

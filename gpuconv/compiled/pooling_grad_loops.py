@@ -96,7 +96,7 @@ def line_of_cells(dy, code, line, n, d, h, low, skipped, part_low, part_high, ke
                         line[np.uint64(to + e)] += v if won else _ZERO
 
 
-@kept()
+@kept(NOBODY)
 def strew(dy, code, dx, places, offsets, channels_from, channels_to, n):
     # Each window adds to the cell that won: one number after the other, however large windows are.
     # places: (3, cells), elements from the image's first cell to a window's first tap; offsets:

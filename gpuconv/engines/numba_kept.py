@@ -1,18 +1,22 @@
-"""Functions that Numba compiles when they are first called, and keeps on disk."""
+"""What Numba compiles and keeps on disk."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from numba import njit
 
-__all__ = ["kept", "named"]
+__all__ = ["OPTIONS", "kept", "on_disk"]
+
+#: How all of them are compiled.
+OPTIONS: dict[str, Any] = {"boundscheck": False, "error_model": "numpy"}
 
 
-def named(function: Any, *made_of: object) -> Any:
-    """Add what a function is made of to its name, and return it.
+def on_disk(compiler: Callable[..., Any], function: Any, *made_of: object) -> Any:
+    """Return a function compiled, named by what it is made of and kept where there is a place.
 
     Numba finds what it kept by file and name, and links it by a symbol of the name, the types and a
     number that it counts in the process that compiles. So functions of one factory need names of
@@ -23,6 +27,8 @@ def named(function: Any, *made_of: object) -> Any:
 
     Parameters
     ----------
+    compiler : callable
+        Of ``cache``: ``numba.njit`` or ``numba.cfunc`` with the rest of its options.
     function : function
     *made_of : object
         Whose texts differ where the functions do: parameters of the factory, stamps of files.
@@ -30,21 +36,15 @@ def named(function: Any, *made_of: object) -> Any:
     if made_of:
         text = "\0".join(map(str, made_of))
         function.__qualname__ += "_" + hashlib.sha256(text.encode()).hexdigest()[:16]
-    return function
+    try:
+        return compiler(cache=True)(function)
+    except (OSError, RuntimeError):  # nowhere to keep it
+        return compiler(cache=False)(function)
 
 
-def kept(*made_of: object, **options: Any) -> Callable[[Any], Any]:
-    """Decorate a function to be compiled without the interpreter's lock; see :func:`named`.
+def kept(*made_of: object) -> Callable[[Any], Any]:
+    """Decorate a function to be compiled when it is first called, without the interpreter's lock.
 
-    Where there is no place on disk it is compiled in every process.
+    See :func:`on_disk`.
     """
-    options = {"nogil": True, "boundscheck": False, "error_model": "numpy", **options}
-
-    def compiled(function: Any) -> Any:
-        named(function, *made_of)
-        try:
-            return njit(cache=True, **options)(function)
-        except (OSError, RuntimeError):  # nowhere to keep it
-            return njit(**options)(function)
-
-    return compiled
+    return lambda function: on_disk(partial(njit, nogil=True, **OPTIONS), function, *made_of)

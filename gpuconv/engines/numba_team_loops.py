@@ -9,11 +9,12 @@ job's number, workers, shares, and the next share. A helper that comes late find
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from numba import cfunc
 
-from gpuconv.engines.numba_kept import kept, named
+from gpuconv.engines.numba_kept import OPTIONS, kept, on_disk
 from gpuconv.engines.numba_memory import STAMP, add, call, exchange, load, pause, replace, store
 
 __all__ = ["WORDS", "alone", "begin", "finished", "interrupt", "job", "lead", "serve"]
@@ -32,15 +33,10 @@ _jobs: list[Any] = []
 def job(function: Any, *made_of: object) -> int:
     """Return the address of a job, compiled now; kept on disk where there is a place for it.
 
-    For ``made_of`` see :func:`gpuconv.engines.numba_kept.named`.
+    For ``made_of`` see :func:`gpuconv.engines.numba_kept.on_disk`.
     """
-    signature = "void(int64, int64, int64, int64)"
-    options = {"boundscheck": False, "error_model": "numpy"}
-    named(function, *made_of, STAMP)
-    try:
-        made = cfunc(signature, cache=True, **options)(function)
-    except (OSError, RuntimeError):  # nowhere to keep it
-        made = cfunc(signature, **options)(function)
+    compiler = partial(cfunc, "void(int64, int64, int64, int64)", **OPTIONS)
+    made = on_disk(compiler, function, *made_of, STAMP)
     _jobs.append(made)
     return int(made.address)
 
