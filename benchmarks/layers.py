@@ -214,7 +214,7 @@ def markdown(result: dict[str, Any]) -> str:
         versions.update(about.get("versions", {}))
     versions.pop("onednn", None)
     lines = [
-        f"# Pooling, normalisation, activations: {place['cpu']}, {place['cores']} cores",
+        f"# Pooling, normalisation, activations: {machine.title(place)}, {place['cores']} cores",
         "",
         f"- {result['date'][:10]}, {options['threads']} threads for every peer, float32, "
         + ", ".join(f"{n} {v}" for n, v in versions.items()),

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["busy", "describe", "slug"]
+__all__ = ["busy", "describe", "slug", "title"]
 
 
 def describe() -> dict[str, Any]:
@@ -44,10 +44,22 @@ def compiled_stem(result: Mapping[str, Any]) -> str:
     return "-numba" if result["options"].get("compiled") else ""
 
 
+def title(machine: Mapping[str, Any]) -> str:
+    """Return the processor in words, with what tells it where its name does not."""
+    known = [f"{part} {machine[part]}" for part in ("family", "model") if machine.get(part)]
+    return str(machine["cpu"]) + (f" ({', '.join(known)})" if known else "")
+
+
 def slug(machine: dict[str, Any]) -> str:
-    """Return the machine as part of a file name: ``amd-epyc-9354-16-cores``."""
+    """Return the machine as part of a file name: ``amd-epyc-9354-family-25-model-17-16-cores``.
+
+    A virtual machine's name of the processor may tell neither its family nor its model.
+    """
     name = re.sub(r"\((r|tm)\)|\bcpu\b|@.*|\bprocessor\b|\d+-core", " ", machine["cpu"].lower())
     words = re.findall(r"[a-z0-9]+", name) or ["cpu"]
+    for part in ("family", "model"):
+        if machine.get(part):
+            words += [part, machine[part]]
     return "-".join([*words, str(machine["cores"]), "core" if machine["cores"] == 1 else "cores"])
 
 

@@ -211,7 +211,7 @@ def markdown(result: dict[str, Any]) -> str:
     place = result["machine"]
     channels = ", ".join(f"{c}, {c}" for c in options["channels"])
     lines = [
-        f"# Training a net: {place['cpu']}, {place['cores']} cores",
+        f"# Training a net: {machine.title(place)}, {place['cores']} cores",
         "",
         f"- {result['date'][:10]}, {options['threads']} threads for every peer, "
         + ", ".join(f"{n} {v}" for n, v in versions.items()),

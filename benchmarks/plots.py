@@ -8,6 +8,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 
+from benchmarks.machine import title
 from benchmarks.peers import label
 from benchmarks.report import PASS_TITLES, baseline, ratio, spread
 from benchmarks.suite import CLASSES
@@ -53,7 +54,7 @@ def draw(result: dict[str, Any], folder: Path, stem: str) -> list[Path]:
 
 def _where(result: dict[str, Any]) -> str:
     machine = result["machine"]
-    return f"{machine['cpu']}, {result['options']['threads']} threads, {result['date'][:10]}"
+    return f"{title(machine)}, {result['options']['threads']} threads, {result['date'][:10]}"
 
 
 def _ratios(result: dict[str, Any], rows: list[dict[str, Any]], peer: str, file: Path) -> Path:

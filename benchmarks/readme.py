@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks import layers, predict
 from benchmarks.gpu.pages import goals_table, means_table
+from benchmarks.machine import title
 from benchmarks.net import best_torch
 from benchmarks.report import PASS_TITLES, memory, number, overhead, summary
 
@@ -23,7 +24,7 @@ def readme_section(result: dict[str, Any], net: dict[str, Any] | None, page: str
     torch = f"PyTorch {versions['torch']}, " if "torch" in versions else ""
     lines = [
         ("**With the extra `numba`**" if options.get("compiled") else "**With NumPy alone**")
-        + f" on the CPU, {result['date'][:10]}: {machine['cpu']}, {options['threads']} threads, NumPy "
+        + f" on the CPU, {result['date'][:10]}: {title(machine)}, {options['threads']} threads, NumPy "
         f"{versions.get('numpy', '')}, {torch}each peer in its own process, in turn. A number is a "
         "peer's time over gpuconv's (above 1, gpuconv is the faster): the geometric mean over the "
         "layers, in brackets the least. "
@@ -113,14 +114,16 @@ def update_readme(readme: Path, results: Path) -> bool:
         nets = results / f"{stem}-net.json"
         net = json.loads(nets.read_text(encoding="utf-8")) if nets.exists() else None
         sections.append(readme_section(result, net, f"{folder}/{stem}.md"))
-        stem = f"{stem}-layers"
-        others = results / f"{stem}.json"
-        if others.exists():
-            timed = json.loads(others.read_text(encoding="utf-8"))
-            sections.append(
-                "Pooling, batch normalisation and activations, float32, PyTorch's time over gpuconv's, "
-                f"[layer by layer]({folder}/{stem}.md):\n\n{layers.summary(timed)}"
-            )
+    for others in sorted(results.glob("*-layers.json")):
+        timed = json.loads(others.read_text(encoding="utf-8"))
+        place, with_numba = timed["machine"], timed["options"].get("compiled")
+        sections.append(
+            "**Pooling, batch normalisation and activations** "
+            f"{'with the extra `numba`' if with_numba else 'with NumPy alone'}, float32, "
+            f"{timed['date'][:10]}: {title(place)}, {timed['options']['threads']} threads, PyTorch's "
+            f"time over gpuconv's, [layer by layer]({folder}/{others.stem}.md):\n\n"
+            f"{layers.summary(timed)}"
+        )
     checked = [(stem, r) for stem, r in whole if r.get("on_a_gpu") and "summary" in r]
     made = _between(text, "measured", "\n\n".join(sections))
     made = _between(made, "measured on a GPU", gpu_section(checked))

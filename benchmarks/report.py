@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import compiled_stem, slug
+from benchmarks.machine import compiled_stem, slug, title
 from benchmarks.peers import label
 from benchmarks.suite import CLASSES
 from gpuconv.profiling.table import of_floor, rate
@@ -162,9 +162,6 @@ def markdown(result: dict[str, Any]) -> str:
 def _head(result: dict[str, Any]) -> str:
     machine, options = result["machine"], result["options"]
     blas = machine["blas"]
-    details = [machine["architecture"]]
-    if machine["family"]:
-        details.append(f"family {machine['family']}, model {machine['model']}")
     peak = ", ".join(f"{v / 1e9:.0f} GFLOP/s {d}" for d, v in machine["peak_flops"].items())
     versions: dict[str, str] = {}
     for found in result["peers"].values():
@@ -172,11 +169,11 @@ def _head(result: dict[str, Any]) -> str:
     versions.pop("onednn", None)
     left = [f["missing"] for f in result["peers"].values() if "missing" in f]
     lines = [
-        f"# Benchmark: {machine['cpu']}, {machine['cores']} "
+        f"# Benchmark: {title(machine)}, {machine['cores']} "
         + ("core" if machine["cores"] == 1 else "cores"),
         "",
         f"- {result['date'][:10]}, {options['threads']} threads for every peer, "
-        f"{', '.join(details)}, {machine['memory_bytes'] / 2**30:.0f} GiB, {machine['system']}, "
+        f"{machine['architecture']}, {machine['memory_bytes'] / 2**30:.0f} GiB, {machine['system']}, "
         f"Python {machine['python']}",
         f"- {', '.join(f'{n} {v}' for n, v in versions.items())}; NumPy's BLAS: "
         f"{blas.get('internal_api', 'unknown')} {blas.get('version', '')} "

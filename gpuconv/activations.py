@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from gpuconv import memory
 from gpuconv.arguments import boolean, normal_name, parse_call, real
 from gpuconv.compiled import activations as fast
 from gpuconv.device import namespace
@@ -141,7 +142,7 @@ class ReLU(Activation):
             if z.size > BLOCK and z.dtype.kind == "f":
                 return apply(self._value, z, out=out)
             if out is None:
-                out = np.empty_like(z)
+                out = memory.empty_as(z)
             if z.flags.c_contiguous and out.flags.c_contiguous:
                 at_least_zero(np, z.reshape(-1), out.reshape(-1))
                 return out

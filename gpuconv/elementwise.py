@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from gpuconv import settings, threads
+from gpuconv import memory, settings, threads
 from gpuconv.device import namespace
 
 __all__ = ["BLOCK", "New", "Step", "apply", "at_least_zero", "at_most"]
@@ -100,7 +100,7 @@ def apply(step: Step, *arrays: Array, out: Array | None = None) -> Array:
             out[...] = target
         return out
     direct = out is not None and out.flags.c_contiguous
-    result = out if direct else np.empty(first.shape, kind)
+    result = out if direct else memory.empty(first.shape, kind)
     flats = [np.ascontiguousarray(a).reshape(-1) for a in arrays]
     _by_blocks(step, flats, result.reshape(-1), wide)  # type: ignore[union-attr]
     if out is None or direct:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from gpuconv import memory
 from gpuconv.activations import Activation, ReLU
 from gpuconv.compiled import columns as fast
 from gpuconv.cuda import kernels
@@ -203,7 +204,7 @@ def normalized_columns(
             rectify = type(activation) is ReLU
             made = fast.normalized(x, near, slope, intercept - slope * rest, rectify)
             return made if rectify or activation is None else activation.fn(made, out=made)
-        flat, out = _flat(x, dtype), np.empty(x.size, dtype)
+        flat, out = _flat(x, dtype), memory.empty((x.size,), dtype)
         factors, offsets = _Tiles(slope, dtype), _Tiles(intercept - slope * rest, dtype)
         means = None if near is None else _Tiles(near, dtype)
 
@@ -290,7 +291,7 @@ def columns_grad(
         if quick:
             flat, grad = _flat(x, dtype), _flat(dy, dtype)
         slopes, bends, levels = (_Tiles(v, dtype) for v in (slope, bend, level))
-    out = np.empty(x.size, dtype)
+    out = memory.empty((x.size,), dtype)
 
     def finish(_: int, share: list[Piece]) -> None:
         for piece in share:
@@ -360,7 +361,7 @@ def rows_forward(x: Array, scaler: Array, intercept: Array, epsilon: float) -> t
         return (centred * inverse * scaler + intercept).astype(x.dtype, copy=False), (mean, inverse)
     kind, x = x.dtype, np.ascontiguousarray(x, dtype)
     scaler, intercept = scaler.astype(dtype, copy=False), intercept.astype(dtype, copy=False)
-    y = np.empty(x.shape, dtype)
+    y = memory.empty(x.shape, dtype)
     mean, inverse = np.empty((rows, 1), dtype), np.empty((rows, 1), dtype)
 
     def run(part: slice) -> None:
@@ -397,7 +398,7 @@ def rows_grad(
     kind, dtype = x.dtype, mean.dtype
     x, dy = np.ascontiguousarray(x, dtype), np.ascontiguousarray(dy, dtype)
     scaler = scaler.astype(dtype, copy=False)
-    dx = np.empty(x.shape, dtype) if needs_x else None
+    dx = memory.empty(x.shape, dtype) if needs_x else None
     sums: dict[int, Array] = {}
 
     def run(k: int, part: slice) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from gpuconv import threads
+from gpuconv import memory, threads
 from gpuconv.dtypes import is_half, widened
 from gpuconv.engines.im2col import run_shares, worker_count
 
@@ -34,7 +34,7 @@ def product(a: Array, b: Array) -> Array:
     flops = 2 * a.size * b.shape[-1]
     if type(a) is not np.ndarray or type(b) is not np.ndarray or flops < _SMALL:
         return a @ b
-    out = np.empty((a.shape[0], b.shape[1]), np.result_type(a, b))
+    out = memory.empty((a.shape[0], b.shape[1]), np.result_type(a, b))
     by_rows = a.shape[0] >= b.shape[1]
     shares = tuple(threads.shares(max(out.shape), worker_count(flops)))
 

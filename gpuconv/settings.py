@@ -34,7 +34,9 @@ def set_workspace_limit(limit: int) -> None:
     """Bound the memory, in bytes, that a call may use beyond its inputs and outputs.
 
     An engine splits the batch rather than exceed it; 256 MiB at first. The least that a
-    convolution can be computed in (one output row's buffers) is used in any case.
+    convolution can be computed in (one output row's buffers) is used in any case. On the CPU as much
+    memory of results that are gone is kept for the next ones (:func:`gpuconv.memory.clear` gives it
+    back).
 
     Raises
     ------

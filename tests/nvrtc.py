@@ -23,6 +23,8 @@ __all__ = [
 ]  # fmt: skip
 
 ARCHITECTURES = [70, 75, 80, 86, 89, 90, 100, 120]
+#: Those whose instructions, as far as the kernels use them, are the same.
+GENERATIONS = ((70, 75), (80, 86, 89), (90,), (100, 120))
 #: What CuPy adds to the options of a RawModule. The first flushes float32's subnormals to zero.
 CUPYS = ("-ftz=true", "--device-as-default-execution-space")
 
@@ -168,21 +170,24 @@ def fitting(variant: Variant) -> list[int]:
 def plan(variants: Sequence[Variant], every: bool = False) -> list[tuple[Variant, int]]:
     """Return which variants are compiled for which architectures.
 
-    Each set of kernels for every architecture, by the first variant that holds it; every other
-    variant for two, in turn, half the list apart. An architecture below what a variant needs is
-    left out. ``every`` variant for every architecture is what ``--ptxas`` asks for.
+    Each set of kernels for one architecture of every generation, in turn, by the first variant
+    that holds it; every other variant for one. An architecture below what a variant needs is left
+    out. ``every`` variant for every architecture is what ``--ptxas`` asks for.
     """
     made = []
-    seen: set[tuple[tuple[str, ...], int]] = set()
+    seen: set[tuple[tuple[str, ...], tuple[int, ...]]] = set()
     for turn, variant in enumerate(variants):
         fit = fitting(variant)
         if not fit:
             raise ValueError(f"no architecture has what {variant} needs")
         if not every:
-            missing = {a for a in fit if (variant.functions, a) not in seen}
-            half = len(fit) // 2
-            fit = sorted(missing | {fit[turn % len(fit)], fit[(turn + half) % len(fit)]})
-        seen.update((variant.functions, a) for a in fit)
+            drawn = {fit[turn % len(fit)]}
+            for generation in GENERATIONS:
+                able = [a for a in generation if a in fit]
+                if able and (variant.functions, generation) not in seen:
+                    seen.add((variant.functions, generation))
+                    drawn |= set() if drawn & set(able) else {able[turn % len(able)]}
+            fit = sorted(drawn)
         made += [(variant, a) for a in fit]
     return made
 

@@ -99,6 +99,7 @@ plain.loops_backward = lambda *rest: os._exit(3)
 def no_pauses(monkeypatch):
     """The pauses are for the sake of the times, which do not matter here."""
     monkeypatch.setattr(runner, "PAUSE", 0.0)
+    monkeypatch.setattr(runner, "LONG_PAUSE", 0.0)
     monkeypatch.setattr(net, "PAUSE", 0.0)
 
 
@@ -118,6 +119,7 @@ def result(shapes, tmp_path_factory):
     )
     with site(tmp_path_factory.mktemp("site"), NO_JAX) as patch:
         patch.setattr(runner, "PAUSE", 0.0)
+        patch.setattr(runner, "LONG_PAUSE", 0.0)
         found = runner.run(options)
     return {**found, "said": said}
 

@@ -29,6 +29,10 @@ def row(shape, own, torch, *, pass_="forward", kind="1x1", extra=2**20):
     }  # fmt: skip
 
 
+#: What the files of the stored result are called.
+STEM = "acme-9000-family-1-model-2-2-cores"
+
+
 @pytest.fixture
 def stored():
     """A result with numbers that can be followed by hand."""
@@ -103,7 +107,9 @@ def cells(text, start):
 
 def test_page(stored):
     text = report.markdown(stored)
-    assert text.startswith("# Benchmark: ACME 9000 8-Core Processor @ 3.00GHz, 2 cores\n")
+    assert text.startswith(
+        "# Benchmark: ACME 9000 8-Core Processor @ 3.00GHz (family 1, model 2), 2 cores\n"
+    )
     assert "2026-03-04, 2 threads for every peer" in text
     assert "gpuconv 1, numpy 2, torch 3; NumPy's BLAS: openblas 1 (Zen)" in text
     assert "matrix product 400 GFLOP/s float32; copy 40.0 GB/s" in text
@@ -139,10 +145,8 @@ def test_page(stored):
 def test_files(stored, tmp_path):
     matplotlib = pytest.importorskip("matplotlib.image")
     files = report.write(stored, tmp_path / "results")
-    assert sorted(f.name for f in files) == [
-        "acme-9000-2-cores-float32-ratio.png", "acme-9000-2-cores-float32-roofline.png",
-        "acme-9000-2-cores-float32-scaling.png",
-        "acme-9000-2-cores.json", "acme-9000-2-cores.md",
+    assert sorted(f.name.removeprefix(STEM) for f in files) == [
+        "-float32-ratio.png", "-float32-roofline.png", "-float32-scaling.png", ".json", ".md",
     ]  # fmt: skip
     again = json.loads(files[0].read_text())
     wrong = again["rows"][3]["peers"]["torch"]["wrong"]["NCHW"]
@@ -154,8 +158,8 @@ def test_files(stored, tmp_path):
         assert min(image.shape[:2]) > 200
         assert 0.01 < (image[..., :3].min(-1) < 0.8).mean() < 0.5  # something is drawn on white
     both = {**stored, "options": {**stored["options"], "dtypes": ["float64"]}}
-    names = [f.name for f in report.write({**both, "rows": []}, tmp_path, plots=False)]
-    assert names == ["acme-9000-2-cores-float64.json", "acme-9000-2-cores-float64.md"]
+    files = report.write({**both, "rows": []}, tmp_path, plots=False)
+    assert [f.name for f in files] == [f"{STEM}-float64.json", f"{STEM}-float64.md"]
 
 
 def test_plots_of_a_run_without_peers(stored, tmp_path):
@@ -164,7 +168,7 @@ def test_plots_of_a_run_without_peers(stored, tmp_path):
         del entry["peers"]["torch"]
     del stored["peers"]["torch"]
     files = report.write(stored, tmp_path)
-    names = [f.name.removeprefix("acme-9000-2-cores-float32-") for f in files[2:]]
+    names = [f.name.removeprefix(f"{STEM}-float32-") for f in files[2:]]
     assert names == ["scaling.png", "roofline.png"]
     assert "No peer to compare with." in files[1].read_text()
 
@@ -180,3 +184,10 @@ def test_plots_of_a_run_without_peers(stored, tmp_path):
 )
 def test_file_names(cpu, cores, want):
     assert machine.slug({"cpu": cpu, "cores": cores}) == want
+
+
+def test_processors_of_one_name_are_told_apart():
+    old, new = ({"cpu": "AMD EPYC", "cores": 2, "family": f, "model": "1"} for f in ("25", "26"))
+    assert machine.slug(old) == "amd-epyc-family-25-model-1-2-cores"
+    assert machine.slug(new) != machine.slug(old)
+    assert machine.title(new) == "AMD EPYC (family 26, model 1)"

@@ -57,15 +57,15 @@ def by_numpy() -> Iterator[None]:
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The counts of chunks of every loop that has run."""
+    """The shares of every job that has run."""
     found: list[int] = []
-    spread = compiled.spread
+    run = compiled.run
 
-    def noted(count: int, *rest: Any) -> None:
-        found.append(count)
-        spread(count, *rest)
+    def noted(job: int, arguments: Any, shares: int, parallel: bool = True) -> None:
+        found.append(shares)
+        run(job, arguments, shares, parallel)
 
-    monkeypatch.setattr(compiled, "spread", noted)
+    monkeypatch.setattr(compiled, "run", noted)
     return found
 
 
@@ -201,7 +201,8 @@ def windows(draw: st.DrawFn) -> dict[str, Any]:
 @given(windows())
 def test_pools_of_the_layer_are_numpys(drawn: dict[str, Any]) -> None:
     x, where = drawn["x"], (drawn["kernel"], drawn["stride"], drawn["padding"])
-    for mode in ("max", "average"):
+    # Cells ask their windows, and windows strew.
+    for mode, strewn in (("max", 0), ("max", 2**20), ("average", 0)):
 
         def call(mode: str = mode) -> tuple[np.ndarray, ...]:
             y, winners = pooling_passes.pool(x, *where, mode, True)
@@ -209,7 +210,9 @@ def test_pools_of_the_layer_are_numpys(drawn: dict[str, Any]) -> None:
             inferred, _ = pooling_passes.pool(x, *where, mode)
             return y, inferred, pooling_passes.pool_grad(dy, winners, x.shape, *where, mode)
 
-        agree(call)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pooling, "STREWN", strewn)
+            agree(call)
 
 
 @hypothesis.settings(deadline=None, max_examples=60)

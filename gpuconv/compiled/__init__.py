@@ -13,24 +13,18 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 import numpy as np
 
-from gpuconv import settings, threads
+from gpuconv import settings
 
-__all__ = ["OPTIONS", "SMALL", "available", "numba_missing", "plain", "spread"]
+__all__ = ["SMALL", "available", "numba_missing", "plain", "run"]
 
-#: How loops are compiled.
-OPTIONS: dict[str, Any] = {
-    "nogil": True,
-    "cache": True,
-    "boundscheck": False,
-    "error_model": "numpy",
-}
+Array = np.ndarray[Any, Any]
+
 #: Elements below which NumPy's calls cost less than looking for a loop.
 SMALL = 16 * 1024
 #: Elements from which on a second thread is worth its start.
@@ -63,27 +57,27 @@ def plain(*arrays: Any, dense: bool = True) -> bool:
     )
 
 
-def spread(count: int, work: Callable[[int], None], parallel: bool = True) -> None:
-    """Call ``work(0)`` to ``work(count - 1)``, on every core if ``parallel``.
+def run(job: int, arguments: Sequence[Array | int], shares: int, parallel: bool = True) -> None:
+    """Run a job on every core if ``parallel``.
 
-    A thread takes the next one when it is done with one: which thread does which must make no
-    difference.
+    Parameters
+    ----------
+    job : int
+        Of :func:`gpuconv.engines.numba_team_loops.job`. Which worker takes which share must make
+        no difference.
+    arguments : sequence of ndarray and int
+        The job finds, as 64-bit integers, a number as it is, and of an array its address and then
+        its shape.
+    shares : int
+    parallel : bool
     """
-    workers = min(count, settings.get_num_threads()) if parallel else 1
-    if workers <= 1 or threads.inside():
-        for k in range(count):
-            work(k)
-        return
-    left = deque(range(count))
-    done: list[int] = []
+    from gpuconv.engines import numba_team
 
-    def take(_: bool) -> None:
-        while True:
-            try:
-                k = left.popleft()
-            except IndexError:
-                return
-            work(k)
-            done.append(k)
-
-    threads.together(take, workers, lambda: len(done) == count)
+    numbers: list[int] = []
+    for a in arguments:
+        if isinstance(a, int):
+            numbers.append(a)
+        else:
+            numbers += (a.ctypes.data, *a.shape)
+    workers = settings.get_num_threads() if parallel else 1
+    numba_team.run(job, np.array(numbers, np.int64), shares, workers)

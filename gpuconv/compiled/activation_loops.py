@@ -8,10 +8,9 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from numba import njit
+from numba import carray
 from numba.extending import register_jitable
 
-from gpuconv import compiled
 from gpuconv.compiled.functions import (
     STAMP,
     exp,
@@ -23,10 +22,11 @@ from gpuconv.compiled.functions import (
     normal_argument,
     weighted,
 )
+from gpuconv.engines.numba_memory import floats_at, numbers_at
+from gpuconv.engines.numba_team_loops import job
 
 __all__ = ["loop"]
 
-Array = Any
 _f32 = np.float32
 _ZERO, _ONE, _HALF, _TWO, _THREE = (_f32(v) for v in (0, 1, 0.5, 2, 3))
 _FIFTH = _f32(0.2)
@@ -168,9 +168,16 @@ _FORMULAS: dict[tuple[str, str], Callable[..., Any]] = {
 }
 
 
+@_formula
+def part(given: Any, at: Any, share: Any, count: Any) -> Any:
+    """Return a share of an array."""
+    size = given[at + 1]
+    return carray(floats_at(given[at]), size)[size * share // count : size * (share + 1) // count]
+
+
 @cache
-def loop(kind: str, name: str, at: int) -> Callable[..., None] | None:
-    """Return a loop over elements, or None where NumPy's way is as good.
+def loop(kind: str, name: str, at: int) -> int | None:
+    """Return a job that computes elements, or None where NumPy's way is as good.
 
     Parameters
     ----------
@@ -182,54 +189,60 @@ def loop(kind: str, name: str, at: int) -> Callable[..., None] | None:
 
     Returns
     -------
-    callable
-        Of the result, of the arguments but the one in whose place it goes, and of two numbers.
+    int
+        A job for :func:`gpuconv.compiled.run`, of the result, of the arguments but the one in
+        whose place it goes, and of two numbers.
     """
     f = _FORMULAS.get((kind, name))
     if f is None:
         return None
-    # A loop is compiled anew when the functions in it have changed.
-    options, stamp = compiled.OPTIONS, STAMP
+    # What is computed in place is given once: a loop that wrote to what it also reads under
+    # another name would not be vectorised.
 
     if kind == "value" and at < 0:
 
-        @njit(**options)
-        def run(out: Array, z: Array, start: int, stop: int, a: Any, b: Any) -> None:
-            to, z = out[start:stop], z[start:stop]
-            for i in range(to.size if stamp else 0):
+        def run(at_job, share, count, worker):
+            given = carray(numbers_at(at_job), 6)
+            to, z = part(given, 0, share, count), part(given, 2, share, count)
+            a, b = carray(floats_at(given[4]), 2)
+            for i in range(to.size):
                 to[i] = f(z[i], a, b)
 
     elif kind == "value":
 
-        @njit(**options)
-        def run(out: Array, start: int, stop: int, a: Any, b: Any) -> None:
-            to = out[start:stop]
-            for i in range(to.size if stamp else 0):
+        def run(at_job, share, count, worker):
+            given = carray(numbers_at(at_job), 4)
+            to = part(given, 0, share, count)
+            a, b = carray(floats_at(given[2]), 2)
+            for i in range(to.size):
                 to[i] = f(to[i], a, b)
 
     elif at < 0:
 
-        @njit(**options)
-        def run(out: Array, dy: Array, y: Array, start: int, stop: int, a: Any, b: Any) -> None:
-            to, dy, y = out[start:stop], dy[start:stop], y[start:stop]
-            for i in range(to.size if stamp else 0):
+        def run(at_job, share, count, worker):
+            given = carray(numbers_at(at_job), 8)
+            to, dy = part(given, 0, share, count), part(given, 2, share, count)
+            y = part(given, 4, share, count)
+            a, b = carray(floats_at(given[6]), 2)
+            for i in range(to.size):
                 to[i] = f(dy[i], y[i], a, b)
 
     elif at == 0:
 
-        @njit(**options)
-        def run(out: Array, y: Array, start: int, stop: int, a: Any, b: Any) -> None:
-            to, y = out[start:stop], y[start:stop]
-            for i in range(to.size if stamp else 0):
+        def run(at_job, share, count, worker):
+            given = carray(numbers_at(at_job), 6)
+            to, y = part(given, 0, share, count), part(given, 2, share, count)
+            a, b = carray(floats_at(given[4]), 2)
+            for i in range(to.size):
                 to[i] = f(to[i], y[i], a, b)
 
     else:
 
-        @njit(**options)
-        def run(out: Array, dy: Array, start: int, stop: int, a: Any, b: Any) -> None:
-            to, dy = out[start:stop], dy[start:stop]
-            for i in range(to.size if stamp else 0):
+        def run(at_job, share, count, worker):
+            given = carray(numbers_at(at_job), 6)
+            to, dy = part(given, 0, share, count), part(given, 2, share, count)
+            a, b = carray(floats_at(given[4]), 2)
+            for i in range(to.size):
                 to[i] = f(dy[i], to[i], a, b)
 
-    made: Callable[..., None] = run
-    return made
+    return job(run, kind, name, at, STAMP)

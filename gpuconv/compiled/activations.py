@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from gpuconv import compiled
+from gpuconv import compiled, memory
 
 __all__ = ["CHUNK", "backward", "value"]
 
@@ -75,7 +75,7 @@ def _run(
     from gpuconv.compiled.activation_loops import loop
 
     at = -1
-    made = np.empty(first.shape, first.dtype) if out is None else out
+    made = memory.empty(first.shape, first.dtype) if out is None else out
     if out is not None:
         for k, a in enumerate(arrays):
             if a.ctypes.data == out.ctypes.data:
@@ -85,15 +85,8 @@ def _run(
     found = loop(kind, name, at)
     if found is None:
         return None
-    # What is computed in place is given once: a loop may not write to what it also reads.
-    given = [a for k, a in enumerate(arrays) if k != at]
-    flats = [a.reshape(-1) for a in (made, *given)]
-    size = first.size
-    count = -(-size // CHUNK)
-    a, b = np.float32(numbers[0]), np.float32(numbers[1])
-
-    def work(k: int) -> None:
-        found(*flats, size * k // count, size * (k + 1) // count, a, b)
-
-    compiled.spread(count, work, size >= compiled.PARALLEL)
+    flats = [a.reshape(-1) for a in (made, *(a for k, a in enumerate(arrays) if k != at))]
+    shares = -(-first.size // CHUNK)
+    pair = np.array(numbers, np.float32)
+    compiled.run(found, [*flats, pair], shares, first.size >= compiled.PARALLEL)
     return made

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpuconv import compiled
+from gpuconv import compiled, memory
 
 __all__ = ["max_grad", "mean_grad", "pool", "pool_indices", "pool_max", "scatter"]
 
@@ -19,10 +19,14 @@ Ints = tuple[int, ...]
 CHUNK = 512 * 1024
 #: Fewer channels than this do not fill a vector: NumPy's way is along the columns then.
 LEAST_CHANNELS = 8
-#: Taps of a window from which on the sum of the columns' sums takes fewer steps.
-MOST_TAPS = 32
+#: Rows of a box from which on NumPy's way, one axis after the other, takes fewer steps.
+MOST_ROWS = 48
 #: Taps of a window whose number is a byte, and none of them the padding's.
 MOST_WINNERS = 255
+#: Windows that a cell is part of, from which on it is not asked which of them it has won.
+MOST_ASKED = 16
+#: Bytes of an image of cells that stays in a core's cache while windows strew into it.
+STREWN = 256 * 1024
 #: Windows that a cell is part of, from which on a maximum of rows' maxima takes fewer steps.
 MOST_READ = 3
 
@@ -57,7 +61,7 @@ def _tables(
     before = (0,) * missing + before
     outs, ins = max(out), max(size)
     low, high, skipped, places = (np.zeros((3, outs), np.int64) for _ in range(4))
-    zeros, shares = np.zeros((3, outs), np.bool_), np.ones((3, outs))
+    zeros, shares = np.zeros((3, outs), np.int64), np.ones((3, outs))
     part_low, part_high = np.zeros((3, ins), np.int64), np.zeros((3, ins), np.int64)
     step = channels
     offsets = np.zeros((1,), np.int64)
@@ -104,23 +108,18 @@ def _five(a: Array) -> Array:
     return a.reshape(a.shape[0], *(1,) * (5 - a.ndim), *a.shape[1:])
 
 
-def _by_rows(result: Array, read: Array, run: Callable[[int, int], None]) -> None:
-    """Call ``run(start, stop)`` for chunks of the rows of a result."""
+def _by_rows(job: int, result: Array, read: Array, arguments: Sequence[Any]) -> None:
+    """Run a job whose shares are rows of a result."""
     rows = math.prod(result.shape[:3])
-    nbytes = max(read.nbytes, result.nbytes)
-    count = max(1, min(rows, -(-nbytes // CHUNK)))
-    compiled.spread(
-        count,
-        lambda k: run(rows * k // count, rows * (k + 1) // count),
-        result.size + read.size >= compiled.PARALLEL,
-    )
+    shares = max(1, min(rows, -(-max(read.nbytes, result.nbytes) // CHUNK)))
+    compiled.run(job, arguments, shares, result.size + read.size >= compiled.PARALLEL)
 
 
 def pool(x: Array, y: Array, w: Any, mode: str, padded: str) -> bool:
     """Do what its namesake of :mod:`gpuconv.engines.pooling` does; return whether it could."""
     if not _takes(w, x, y):
         return False
-    if mode == "average" and math.prod(w.kernel) > MOST_TAPS:
+    if mode == "average" and math.prod(w.kernel[:-1]) > MOST_ROWS:
         return False
     if (
         mode == "max"
@@ -128,31 +127,30 @@ def pool(x: Array, y: Array, w: Any, mode: str, padded: str) -> bool:
         and math.prod(w.kernel) > MOST_READ * math.prod(w.stride)
     ):
         return False
+
     from gpuconv.compiled import pooling_loops as loops
 
     t, x, y = _found(w, padded, x.shape[-1]), _five(x), _five(y)
     if mode == "max":
-        largest = loops.largest
-        _by_rows(y, x, lambda a, b: largest(x, y, t.low, t.high, t.zeros, a, b))
+        _by_rows(loops.largest_job(), y, x, (x, y, t.low, t.high, t.zeros))
         return True
     ones = np.ones((3, max(x.shape[1:4])), y.dtype)
     shares = t.shares.astype(y.dtype, copy=False)
-    sums = loops.sums
-    _by_rows(y, x, lambda a, b: sums(x, y, t.low, t.high, ones, shares, a, b))
+    _by_rows(loops.sums_job(), y, x, (x, y, t.low, t.high, ones, shares))
     return True
 
 
 def mean_grad(dy: Array, dx: Array, w: Any, padded: str) -> bool:
     """Do what its namesake of :mod:`gpuconv.engines.pooling` does; return whether it could."""
-    if not _takes(w, dx, dy) or math.prod(w.kernel) > MOST_TAPS * math.prod(w.stride):
+    if not _takes(w, dx, dy) or math.prod(w.kernel[:-1]) > MOST_ROWS * math.prod(w.stride[:-1]):
         return False
+
     from gpuconv.compiled import pooling_loops as loops
 
     t, dy, dx = _found(w, padded, dx.shape[-1]), _five(dy), _five(dx)
     ones = np.ones((3, max(dx.shape[1:4])), dx.dtype)
     shares = t.shares.astype(dx.dtype, copy=False)
-    sums = loops.sums
-    _by_rows(dx, dy, lambda a, b: sums(dy, dx, t.part_low, t.part_high, shares, ones, a, b))
+    _by_rows(loops.sums_job(), dx, dy, (dy, dx, t.part_low, t.part_high, shares, ones))
     return True
 
 
@@ -160,40 +158,35 @@ def pool_max(x: Array, y: Array, w: Any, padded: str) -> Array | None:
     """Write the maxima into ``y``; return the winners' taps for :func:`max_grad`, or None."""
     if not _takes(w, x, y) or math.prod(w.kernel) > MOST_WINNERS:
         return None
+
     from gpuconv.compiled import pooling_loops as loops
 
     t, x, y = _found(w, padded, x.shape[-1]), _five(x), _five(y)
-    code = np.empty(y.shape, np.uint8)
-    winners = loops.winners
-
-    def run(start: int, stop: int) -> None:
-        winners(
-            x, y, code, t.low, t.high, t.zeros, t.skipped, t.kernel, t.stride, start, stop
-        )  # fmt: skip
-
-    _by_rows(y, x, run)
+    code = memory.empty(y.shape, np.uint8)
+    tables = t.low, t.high, t.zeros, t.skipped, t.kernel, t.stride
+    _by_rows(loops.winners_job(), y, x, (x, y, code, *tables))
     return code
 
 
 def max_grad(dy: Array, code: Array, dx: Array, w: Any) -> None:
     """Write the gradient of a maximum into ``dx``, dense as ``dy`` need not be."""
-    from gpuconv.compiled import pooling_loops as loops
+    from gpuconv.compiled import pooling_grad_loops as loops
 
     t = _found(w, "outside", dx.shape[-1])
     dy, dx = _five(np.ascontiguousarray(dy, dx.dtype)), _five(dx)
-    hand_down = loops.hand_down
-    # Windows of an image overlap, and its channels do not.
-    batch, channels = len(dx), dx.shape[-1]
-    parts = 1 if batch > 1 else min(4, max(1, channels // 16))
-
-    def work(k: int) -> None:
-        n, part = k // parts, k % parts
-        hand_down(
-            dy, code, dx, t.places, t.offsets, channels * part // parts,
-            channels * (part + 1) // parts, n, n + 1,
-        )  # fmt: skip
-
-    compiled.spread(batch * parts, work, dx.size + dy.size >= compiled.PARALLEL)
+    if dx[0].nbytes <= STREWN or math.prod(w.kernel) > MOST_ASKED * math.prod(w.stride):
+        # Windows of an image overlap, and its channels do not.
+        batch, channels = len(dx), dx.shape[-1]
+        parts = 1 if batch > 1 else min(4, max(1, channels // 16))
+        compiled.run(
+            loops.strew_job(),
+            (dy, code, dx, t.places, t.offsets, parts),
+            batch * parts,
+            dx.size + dy.size >= compiled.PARALLEL,
+        )
+        return
+    tables = t.low, t.skipped, t.part_low, t.part_high, t.kernel, t.stride
+    _by_rows(loops.hand_down_job(), dx, dy, (dy, code, dx, *tables))
 
 
 def pool_indices(x: Array, y: Array, indices: Array, w: Any) -> bool:
@@ -201,15 +194,12 @@ def pool_indices(x: Array, y: Array, indices: Array, w: Any) -> bool:
     code = pool_max(x, y, w, "outside")
     if code is None:
         return False
-    from gpuconv.compiled import pooling_loops as loops
+
+    from gpuconv.compiled import pooling_grad_loops as loops
 
     t = _found(w, "outside", x.shape[-1])
-    found, image, to_indices = _five(indices), x[0].size, loops.indices
-
-    def run(start: int, stop: int) -> None:
-        to_indices(code, found, t.places, t.offsets, image, start, stop)
-
-    _by_rows(found, code, run)
+    found = _five(indices)
+    _by_rows(loops.indices_job(), found, code, (code, found, t.places, t.offsets, x[0].size))
     return True
 
 
@@ -219,11 +209,10 @@ def scatter(dy: Array, indices: Array, dx: Array) -> bool:
         return False
     if not compiled.plain(dx, dy) or not indices.flags.c_contiguous:
         return False
-    from gpuconv.compiled import pooling_loops as loops
 
-    batch, loop = len(dx), loops.scatter
+    from gpuconv.compiled import pooling_grad_loops as loops
+
+    batch = len(dx)
     given, places, into = (a.reshape(batch, -1) for a in (dy, indices, dx))
-    compiled.spread(
-        batch, lambda n: loop(given, places, into, n, n + 1), dx.size >= compiled.PARALLEL
-    )
+    compiled.run(loops.scatter_job(), (given, places, into), batch, dx.size >= compiled.PARALLEL)
     return True

@@ -7,13 +7,25 @@ without its padding; in the gradient of a mean, the windows that a cell of the i
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
-from numba import njit
+from numba import carray
 from numba.extending import register_jitable
 
-from gpuconv import compiled
+from gpuconv.compiled.job_arrays import (
+    STAMP,
+    factor_table,
+    five,
+    five_bytes,
+    line,
+    table,
+)
+from gpuconv.engines.numba_kept import kept
+from gpuconv.engines.numba_memory import numbers_at
+from gpuconv.engines.numba_team_loops import job
 
-__all__ = ["NOBODY", "hand_down", "indices", "largest", "scatter", "sums", "winners"]
+__all__ = ["NOBODY", "largest_job", "sums_job", "winners_job"]
 
 #: The number of a winner that is a cell of the padding.
 NOBODY = 255
@@ -26,7 +38,7 @@ _NOBODY = np.uint8(NOBODY)
 # of boxes on the three axes; zeros: where the padding takes part in a maximum as zeros.
 
 
-@njit(**compiled.OPTIONS)
+@kept()
 def largest(x, y, low, high, zeros, start, stop):
     _, depth, rows, columns, channels = y.shape
     for row in range(start, stop):
@@ -84,9 +96,10 @@ def better(a, m):
 @register_jitable(inline="always")
 def along(source, at, best, mark, to, length, step, taps, number):
     # The maxima of ``taps`` cells a step apart, of ``length`` of them side by side, and which
-    # they are, counted from ``number``. Indices without a sign need no look whether they count
-    # from the end, and slices for a few channels would take longer than the channels.
-    t, u, v = np.uint8(number), np.uint8(number + 1), np.uint8(number + 2)
+    # they are, counted from ``number``, in as many bits as the maxima have: then one mask chooses
+    # both. Indices without a sign need no look whether they count from the end, and slices for a
+    # few channels would take longer than the channels.
+    t, u, v = np.int32(number), np.int32(number + 1), np.int32(number + 2)
     if taps == 0:
         for e in range(length):
             best[np.uint64(to + e)], mark[np.uint64(to + e)] = -np.inf, t
@@ -111,7 +124,7 @@ def along(source, at, best, mark, to, length, step, taps, number):
             best[np.uint64(to + e)] = a if b else m
             mark[np.uint64(to + e)] = v if b else k
         for tap in range(3, taps):
-            more, w = at + tap * step, np.uint8(number + tap)
+            more, w = at + tap * step, np.int32(number + tap)
             for e in range(length):
                 m, a = best[np.uint64(to + e)], source[np.uint64(more + e)]
                 b = better(a, m)
@@ -119,14 +132,14 @@ def along(source, at, best, mark, to, length, step, taps, number):
                 mark[np.uint64(to + e)] = w if b else mark[np.uint64(to + e)]
 
 
-@njit(**compiled.OPTIONS)
+@kept()
 def winners(x, y, code, low, high, zeros, skipped, kernel, stride, start, stop):
     # skipped: (3, cells), taps of a window in front of the first cell inside. First of the
     # columns, for the rows that some windows share; then of the rows, over whole lines.
     _, depth, rows, columns, channels = y.shape
     width, most = columns * channels, (BAND - 1) * stride[1] + kernel[1]
     best = np.empty((kernel[0] * most, width), x.dtype)
-    mark = np.empty((kernel[0] * most, width), np.uint8)
+    mark = np.empty((kernel[0] * most, width), np.int32)
     inner0 = 0  # columns whose windows are whole
     while inner0 < columns and high[2, inner0] - low[2, inner0] < kernel[2]:
         inner0 += 1
@@ -161,33 +174,58 @@ def winners(x, y, code, low, high, zeros, skipped, kernel, stride, start, stop):
                 for e in range(width):
                     out[e], winner[e] = 0, _NOBODY
                 continue
+            after = np.int32(kernel[2])
             for i in range(d0, d1):
                 j = h0
                 while j < h1:
-                    base = np.uint8(
+                    base = np.int32(
                         ((i - d0 + skipped[0, d]) * kernel[1] + j - h0 + skipped[1, hh]) * kernel[2]
                     )
                     slot = (i - d0) * most + j - first_row
                     one, number = best[slot], mark[slot]
-                    if (i == d0) & (j == h0):
-                        if h1 - h0 == 1:
-                            for e in range(width):
-                                out[e], winner[e] = one[e], np.uint8(number[e] + base)
-                        else:
-                            two, other = best[slot + 1], mark[slot + 1]
-                            after = np.uint8(base + kernel[2])
-                            for e in range(width):
-                                m, a = one[e], two[e]
-                                t, u = np.uint8(number[e] + base), np.uint8(other[e] + after)
-                                b = better(a, m)
-                                out[e], winner[e] = a if b else m, u if b else t
-                            j += 1
+                    first = (i == d0) & (j == h0)
+                    if first and h1 - h0 == 1:
+                        for e in range(width):
+                            out[e], winner[e] = one[e], number[e] + base
+                        j += 1
+                    elif first and h1 - h0 == 2:
+                        two, other = best[slot + 1], mark[slot + 1]
+                        for e in range(width):
+                            m, a = one[e], two[e]
+                            b = better(a, m)
+                            k = other[e] + after if b else number[e]
+                            out[e], winner[e] = a if b else m, k + base
+                        j += 2
+                    elif first:
+                        two, other = best[slot + 1], mark[slot + 1]
+                        three, third = best[slot + 2], mark[slot + 2]
+                        for e in range(width):
+                            m, a = one[e], two[e]
+                            b = better(a, m)
+                            m, k = a if b else m, other[e] + after if b else number[e]
+                            a = three[e]
+                            b = better(a, m)
+                            k = third[e] + 2 * after if b else k
+                            out[e], winner[e] = a if b else m, k + base
+                        j += 3
+                    elif j + 1 < h1:
+                        two, other = best[slot + 1], mark[slot + 1]
+                        for e in range(width):
+                            m, a, k = out[e], one[e], np.int32(winner[e])
+                            b = better(a, m)
+                            m, k = a if b else m, number[e] + base if b else k
+                            a = two[e]
+                            b = better(a, m)
+                            k = other[e] + base + after if b else k
+                            out[e], winner[e] = a if b else m, k
+                        j += 2
                     else:
                         for e in range(width):
-                            m, a, t = out[e], one[e], np.uint8(number[e] + base)
+                            m, a, k = out[e], one[e], np.int32(winner[e])
                             b = better(a, m)
-                            out[e], winner[e] = a if b else m, t if b else winner[e]
-                    j += 1
+                            k = number[e] + base if b else k
+                            out[e], winner[e] = a if b else m, k
+                        j += 1
             for w in range(columns):
                 if not (zeros[0, d] | zeros[1, hh] | zeros[2, w]):
                     continue
@@ -206,90 +244,123 @@ def winners(x, y, code, low, high, zeros, skipped, kernel, stride, start, stop):
                         out[e], winner[e] = 0, _NOBODY
 
 
-@njit(**compiled.OPTIONS)
+@kept()
 def sums(source, target, low, high, weights, factors, start, stop):
-    # weights: (3, cells) of the source; factors: (3, cells) of the result; multiplied.
+    # weights: (3, cells) of the source; factors: (3, cells) of the result; multiplied. First the
+    # rows of a box, over whole lines; then the columns of the line.
     _, depth, rows, columns, channels = target.shape
+    _, source_depth, source_rows, source_columns, _ = source.shape
+    flat, width = source.reshape(-1), source_columns * channels
+    line = np.empty(width, source.dtype)
     for row in range(start, stop):
         n, rest = row // (depth * rows), row % (depth * rows)
         d, h = rest // rows, rest % rows
         d0, d1, h0, h1 = low[0, d], high[0, d], low[1, h], high[1, h]
+        out = target[n, d, h].reshape(-1)
+        factor = factors[0, d] * factors[1, h]
+        some = False
+        for i in range(d0, d1):
+            image, deep = (n * source_depth + i) * source_rows, weights[0, i] * factor
+            j = h0
+            while j < h1:
+                f, at = deep * weights[1, j], (image + j) * width
+                if j + 1 < h1:
+                    g, to = deep * weights[1, j + 1], (image + j + 1) * width
+                    if some:
+                        for e in range(width):
+                            line[e] += flat[np.uint64(at + e)] * f + flat[np.uint64(to + e)] * g
+                    else:
+                        for e in range(width):
+                            line[e] = flat[np.uint64(at + e)] * f + flat[np.uint64(to + e)] * g
+                    j += 2
+                else:
+                    if some:
+                        for e in range(width):
+                            line[e] += flat[np.uint64(at + e)] * f
+                    else:
+                        for e in range(width):
+                            line[e] = flat[np.uint64(at + e)] * f
+                    j += 1
+                some = True
+        if not some:
+            out[:] = 0
+            continue
         for w in range(columns):
-            w0, w1 = low[2, w], high[2, w]
-            out = target[n, d, h, w]
-            factor = factors[0, d] * factors[1, h] * factors[2, w]
-            if d1 <= d0 or h1 <= h0 or w1 <= w0:
-                for c in range(channels):
-                    out[c] = 0
+            k, w1, to = low[2, w], high[2, w], w * channels
+            factor, at = factors[2, w], k * channels
+            if w1 <= k:
+                for e in range(channels):
+                    out[np.uint64(to + e)] = 0
                 continue
-            first = True
-            for i in range(d0, d1):
-                for j in range(h0, h1):
-                    along = weights[0, i] * weights[1, j] * factor
-                    k = w0
-                    if first:
-                        f, cell = along * weights[2, k], source[n, i, j, k]
-                        if k + 1 < w1:
-                            g, other = along * weights[2, k + 1], source[n, i, j, k + 1]
-                            for c in range(channels):
-                                out[c] = cell[c] * f + other[c] * g
-                            k += 2
-                        else:
-                            for c in range(channels):
-                                out[c] = cell[c] * f
-                            k += 1
-                        first = False
-                    while k < w1:
-                        f, cell = along * weights[2, k], source[n, i, j, k]
-                        if k + 1 < w1:
-                            g, other = along * weights[2, k + 1], source[n, i, j, k + 1]
-                            for c in range(channels):
-                                out[c] += cell[c] * f + other[c] * g
-                            k += 2
-                        else:
-                            for c in range(channels):
-                                out[c] += cell[c] * f
-                            k += 1
+            f = weights[2, k] * factor
+            if w1 - k == 1:
+                for e in range(channels):
+                    out[np.uint64(to + e)] = line[np.uint64(at + e)] * f
+                continue
+            g, by = weights[2, k + 1] * factor, at + channels
+            if w1 - k == 2:
+                for e in range(channels):
+                    out[np.uint64(to + e)] = (
+                        line[np.uint64(at + e)] * f + line[np.uint64(by + e)] * g
+                    )
+                continue
+            p, on = weights[2, k + 2] * factor, by + channels
+            for e in range(channels):
+                out[np.uint64(to + e)] = (
+                    line[np.uint64(at + e)] * f + line[np.uint64(by + e)] * g
+                ) + line[np.uint64(on + e)] * p
+            for m in range(k + 3, w1):
+                f, at = weights[2, m] * factor, m * channels
+                for e in range(channels):
+                    out[np.uint64(to + e)] += line[np.uint64(at + e)] * f
 
 
-@njit(**compiled.OPTIONS)
-def hand_down(dy, code, dx, places, offsets, channels_from, channels_to, start, stop):
-    # places: (3, cells), elements from the image's first cell to a window's first tap;
-    # offsets: elements from there to each tap.
-    _, depth, rows, columns, _ = dy.shape
-    for n in range(start, stop):
-        image = dx[n].reshape(-1)
-        dx[n, :, :, :, channels_from:channels_to] = 0
-        for d in range(depth):
-            for h in range(rows):
-                for w in range(columns):
-                    base = places[0, d] + places[1, h] + places[2, w]
-                    mark, gradient = code[n, d, h, w], dy[n, d, h, w]
-                    for c in range(channels_from, channels_to):
-                        if mark[c] != _NOBODY:
-                            # Without a sign: no look whether it counts from the end.
-                            image[np.uint64(base + offsets[mark[c]] + c)] += gradient[c]
+# Jobs for compiled.run: a share is a range of rows, or of images. They take the arrays in the order
+# in which their loop does, each as its address and its shape.
 
 
-@njit(**compiled.OPTIONS)
-def scatter(dy, indices, dx, start, stop):
-    for n in range(start, stop):
-        into = dx[n]
-        into[:] = 0
-        base = n * into.size
-        gradient, index = dy[n], indices[n]
-        for i in range(gradient.size):
-            into[np.uint64(index[i] - base)] += gradient[i]
+@cache
+def largest_job() -> int:
+    """Of x, y, low, high, zeros."""
+
+    def run(at, share, count, worker):
+        given = carray(numbers_at(at), 21)
+        rows = given[7] * given[8] * given[9]
+        largest(
+            five(given, 0), five(given, 6), table(given, 12), table(given, 15), table(given, 18),
+            rows * share // count, rows * (share + 1) // count,
+        )  # fmt: skip
+
+    return job(run, STAMP)
 
 
-@njit(**compiled.OPTIONS)
-def indices(code, found, places, offsets, image, start, stop):
-    _, depth, rows, columns, channels = code.shape
-    for row in range(start, stop):
-        n, rest = row // (depth * rows), row % (depth * rows)
-        d, h = rest // rows, rest % rows
-        for w in range(columns):
-            base = n * image + places[0, d] + places[1, h] + places[2, w]
-            mark, index = code[n, d, h, w], found[n, d, h, w]
-            for c in range(channels):
-                index[c] = base + offsets[mark[c]] + c
+@cache
+def winners_job() -> int:
+    """Of x, y, code, low, high, zeros, skipped, kernel, stride."""
+
+    def run(at, share, count, worker):
+        given = carray(numbers_at(at), 34)
+        rows = given[7] * given[8] * given[9]
+        winners(
+            five(given, 0), five(given, 6), five_bytes(given, 12), table(given, 18),
+            table(given, 21), table(given, 24), table(given, 27), line(given, 30), line(given, 32),
+            rows * share // count, rows * (share + 1) // count,
+        )  # fmt: skip
+
+    return job(run, STAMP)
+
+
+@cache
+def sums_job() -> int:
+    """Of source, target, low, high, weights, factors."""
+
+    def run(at, share, count, worker):
+        given = carray(numbers_at(at), 24)
+        rows = given[7] * given[8] * given[9]
+        sums(
+            five(given, 0), five(given, 6), table(given, 12), table(given, 15),
+            factor_table(given, 18), factor_table(given, 21),
+            rows * share // count, rows * (share + 1) // count,
+        )  # fmt: skip
+
+    return job(run, STAMP)

@@ -57,8 +57,10 @@ def vector_bytes() -> int:
 @cache
 def channel_blocks(channels: int, width: int) -> Array:
     """Return vectors, first vector and numbers of the last one, of every block of channels."""
+    from gpuconv.engines.numba_tile import MOST_VECTORS
+
     vectors = up(channels, width)
-    blocks = up(vectors, 4)
+    blocks = up(vectors, MOST_VECTORS)
     bounds = [vectors * k // blocks for k in range(blocks + 1)]
     rest = channels - (vectors - 1) * width
     return np.array(

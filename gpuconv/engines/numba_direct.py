@@ -81,8 +81,10 @@ class NumbaDirect(Engine):
         else:
             tiles = outputs * vectors / 20 * problem.groups * max(1.0, problem.taps * depth / CHUNK)
         seconds += 3e-8 * tiles
+        if pass_ == "weight_grad" and vector_bytes() == 32:
+            seconds *= 2  # a line of dy at a time, each in a page of its own
         if problem.groups > 1:  # short runs: a tap's channels are all that lies side by side
-            seconds *= 1.5
+            seconds *= 1.5 if vectors > 1 else 2.4
         # Of an image, at most what the windows hold.
         pixels = min(math.prod(problem.x_shape[:-1]), outputs * problem.taps)
         moved = (pixels * problem.in_channels + math.prod(problem.y_shape)) * size

@@ -26,12 +26,11 @@ ROWS = 256
 
 @cache
 def _compiled() -> tuple[Callable[..., None], Callable[..., None]]:
-    from numba import njit
+    from gpuconv.engines.numba_kept import kept
 
-    options: dict[str, Any] = {"nogil": True, "cache": True, "boundscheck": False}
     rows_at_once = ROWS
 
-    @njit(**options)
+    @kept()
     def rectified(dy: Array, y: Array, dz: Array, total: Array, first: int, last: int) -> None:
         channels = dy.shape[1]
         some = np.empty_like(total)
@@ -46,7 +45,7 @@ def _compiled() -> tuple[Callable[..., None], Callable[..., None]]:
             for c in range(channels):
                 total[c] += some[c]
 
-    @njit(**options)
+    @kept()
     def plain(dy: Array, total: Array, first: int, last: int) -> None:
         channels = dy.shape[1]
         some = np.empty_like(total)

@@ -12,9 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 
-from numba import carray, njit
+from numba import carray
 
-from gpuconv.engines import numba_pack
+from gpuconv.engines import numba_pack, numba_transform
+from gpuconv.engines.numba_kept import kept
 from gpuconv.engines.numba_memory import numbers_at
 from gpuconv.engines.numba_pack import pack_double, pack_single
 from gpuconv.engines.numba_team_loops import job
@@ -24,7 +25,7 @@ from gpuconv.engines.numba_transform import zero_bytes
 __all__ = ["correlate", "outer_sums", "pack", "scatter", "swap"]
 
 #: Numba keeps loops by their own file; this makes them stale when what they are made of changes.
-_STAMP = f"{STAMP}_{numba_pack.STAMP}"
+_STAMPS = STAMP, numba_pack.STAMP, numba_transform.STAMP
 
 
 # Numbers of several jobs:
@@ -48,7 +49,7 @@ def pack(real: str) -> int:
         else:
             pack_double(at, first, last)
 
-    return job(packed, _STAMP)
+    return job(packed, real, *_STAMPS)
 
 
 @cache
@@ -150,7 +151,7 @@ def correlate(real: str) -> int:
                                         )  # fmt: skip
                         chunk += 1
 
-    return job(correlated, _STAMP)
+    return job(correlated, real, *_STAMPS)
 
 
 @cache
@@ -242,7 +243,7 @@ def outer_sums(real: str) -> int:
                                         table, count, c, out_row, add, 0, 0, valid,
                                     )  # fmt: skip
 
-    return job(summed, _STAMP)
+    return job(summed, real, *_STAMPS)
 
 
 @cache
@@ -323,7 +324,7 @@ def scatter(real: str) -> int:
                                     (q1 - q0) * channels,
                                 )  # fmt: skip
 
-    return job(scattered, _STAMP)
+    return job(scattered, real, *_STAMPS)
 
 
 @cache
@@ -331,7 +332,7 @@ def swap() -> Callable[..., None]:
     """Return what writes ``(taps, in, out)`` into ``(taps, out, in)``, a square at a time."""
     side = 16
 
-    @njit(nogil=True, cache=True, boundscheck=False)
+    @kept()
     def swapped(w, out):
         taps, rows, columns = w.shape
         for t in range(taps):

@@ -13,7 +13,20 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-__all__ = ["STAMP", "add", "call", "exchange", "load", "numbers_at", "pause", "replace", "store"]
+__all__ = [
+    "STAMP",
+    "add",
+    "bytes_at",
+    "call",
+    "doubles_at",
+    "exchange",
+    "floats_at",
+    "load",
+    "numbers_at",
+    "pause",
+    "replace",
+    "store",
+]
 
 #: Numba keeps compiled loops by their own file; this makes them stale when this one changes.
 STAMP = zlib.crc32(Path(__file__).read_bytes())
@@ -105,11 +118,20 @@ def call(typing_context, function, job, share, count, worker):
     return types.void(*[types.int64] * 5), codegen
 
 
-@intrinsic
-def numbers_at(typing_context, address):
-    """Return an address as a pointer to 64-bit integers, for ``numba.carray``."""
+def _pointer_to(kind, element, words):
+    """Return an intrinsic that gives an address as a pointer, for ``numba.carray``."""
 
-    def codegen(context, builder, signature, args):
-        return builder.inttoptr(args[0], _i64.as_pointer())
+    def at(typing_context, address):
+        def codegen(context, builder, signature, args):
+            return builder.inttoptr(args[0], element.as_pointer())
 
-    return types.CPointer(types.int64)(types.int64), codegen
+        return types.CPointer(kind)(types.int64), codegen
+
+    at.__doc__ = f"Return an address as a pointer to {words}, for ``numba.carray``."
+    return intrinsic(at)
+
+
+numbers_at = _pointer_to(types.int64, _i64, "64-bit integers")
+bytes_at = _pointer_to(types.uint8, ir.IntType(8), "bytes")
+floats_at = _pointer_to(types.float32, ir.FloatType(), "float32")
+doubles_at = _pointer_to(types.float64, ir.DoubleType(), "float64")

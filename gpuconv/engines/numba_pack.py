@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from llvmlite import ir
-from numba import carray, njit, types
+from numba import carray, types
 from numba.extending import intrinsic
 
+from gpuconv.engines import numba_memory, numba_transform
+from gpuconv.engines.numba_kept import kept
 from gpuconv.engines.numba_memory import numbers_at
 from gpuconv.engines.numba_tile import BYTES
 from gpuconv.engines.numba_transform import copy_bytes, zero_bytes
@@ -126,7 +128,7 @@ def _packer(real: str) -> Callable[..., None]:
     size = 4 if real == "float32" else 8
     vector, width = BYTES, BYTES // size
 
-    @njit(cache=True, boundscheck=False, nogil=True)
+    @kept(real, numba_memory.STAMP, numba_transform.STAMP)
     def packed(at, first_block, last_block):
         job = carray(numbers_at(at), 12)
         weights, taps, step, depth = job[0], job[2], job[3], job[4]

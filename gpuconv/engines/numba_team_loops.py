@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from numba import cfunc, njit
+from numba import cfunc
 
+from gpuconv.engines.numba_kept import kept, named
 from gpuconv.engines.numba_memory import STAMP, add, call, exchange, load, pause, replace, store
 
 __all__ = ["WORDS", "alone", "begin", "finished", "interrupt", "job", "lead", "serve"]
 
-_OPTIONS: dict[str, Any] = {"nogil": True, "cache": True, "boundscheck": False}
 #: Eight-byte words of a box for 62 workers.
 WORDS = 8 * 64
 # Where the parts begin, in bytes.
@@ -29,20 +29,14 @@ _COUNT, _WORKERS, _NUMBER = 16, 32, 40
 _jobs: list[Any] = []
 
 
-def _compiled(function: Any) -> Any:
-    """Return a function compiled when first called, kept on disk for this source of atomics."""
-    function.__qualname__ += f"_{STAMP}"
-    return njit(**_OPTIONS)(function)
-
-
-def job(function: Any, stamp: object) -> int:
+def job(function: Any, *made_of: object) -> int:
     """Return the address of a job, compiled now; kept on disk where there is a place for it.
 
-    Numba compiles it anew when its file changes; ``stamp`` stands for what else it is made of.
+    For ``made_of`` see :func:`gpuconv.engines.numba_kept.named`.
     """
     signature = "void(int64, int64, int64, int64)"
     options = {"boundscheck": False, "error_model": "numpy"}
-    function.__qualname__ += f"_{stamp}_{STAMP}"
+    named(function, *made_of, STAMP)
     try:
         made = cfunc(signature, cache=True, **options)(function)
     except (OSError, RuntimeError):  # nowhere to keep it
@@ -51,7 +45,7 @@ def job(function: Any, stamp: object) -> int:
     return int(made.address)
 
 
-@_compiled
+@kept(STAMP)
 def _work(box, worker):
     """Take shares until there are none; return whether there were any."""
     some = False
@@ -67,7 +61,7 @@ def _work(box, worker):
             some = True
 
 
-@_compiled
+@kept(STAMP)
 def begin(box, function, job, count, workers):
     """Begin a job; return the helpers that are asleep, a bit each."""
     store(box + _JOB, function)
@@ -82,7 +76,7 @@ def begin(box, function, job, count, workers):
     return asleep
 
 
-@_compiled
+@kept(STAMP)
 def finished(box, count, spins):
     """Wait a while for so many shares; return whether they are done."""
     while spins > 0 and load(box + _DONE) < count:
@@ -91,14 +85,14 @@ def finished(box, count, spins):
     return load(box + _DONE) >= count
 
 
-@_compiled
+@kept(STAMP)
 def lead(box, count, spins):
     """Take shares of the job that was begun, and wait a while for the others'."""
     _work(box, 0)
     return finished(box, count, spins)
 
 
-@_compiled
+@kept(STAMP)
 def serve(box, helper, spins):
     """Look for shares until there have been none for a while, or somebody interrupts."""
     state = box + _HELPERS + 64 * helper
@@ -116,13 +110,13 @@ def serve(box, helper, spins):
     _work(box, helper + 1)
 
 
-@_compiled
+@kept(STAMP)
 def interrupt(box, helper):
     """Let a helper return."""
     store(box + _HELPERS + 64 * helper + 8, 1)
 
 
-@_compiled
+@kept(STAMP)
 def alone(function, job, count):
     """Run all shares of a job here."""
     for share in range(count):

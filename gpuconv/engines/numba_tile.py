@@ -26,7 +26,18 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-__all__ = ["ADD", "BIAS", "MOST_ROWS", "REGISTERS", "STAMP", "ZERO", "add_line", "lanes", "tile"]
+__all__ = [
+    "ADD",
+    "BIAS",
+    "MOST_ROWS",
+    "MOST_VECTORS",
+    "REGISTERS",
+    "STAMP",
+    "ZERO",
+    "add_line",
+    "lanes",
+    "tile",
+]
 
 #: What a tile begins with: zeros, the bias, or what its place holds.
 ZERO, BIAS, ADD = 0, 1, 2
@@ -39,6 +50,8 @@ def _features() -> dict[str, bool]:
 
 #: Bytes of a vector register, and how many there are.
 BYTES, REGISTERS = (64, 32) if _features().get("avx512f") else (32, 16)
+#: Vectors of a tile: with few registers two and more rows, so that fewer numbers are read for a product.
+MOST_VECTORS = 4 if REGISTERS == 32 else 2
 
 
 def lanes(itemsize: int) -> int:
@@ -109,9 +122,12 @@ def _function(module: ir.Module, rows: int, vectors: int, real: str, unit: str) 
         order = ir.Constant(ir.VectorType(i32, width), [0] * width)
         return b.shuffle_vector(one, ir.Constant(kind, ir.Undefined), order)
 
-    numbers = ir.VectorType(_i64, width)
+    # As wide as the numbers: AVX2 masks with such a vector, and would else make it anew in each step.
+    integer = ir.IntType(8 * size)
+    numbers = ir.VectorType(integer, width)
     iota = ir.Constant(numbers, list(range(width)))
-    mask = b.icmp_signed("<", iota, splat(arg["valid"], numbers))
+    valid = arg["valid"] if size == 8 else b.trunc(arg["valid"], integer)
+    mask = b.icmp_signed("<", iota, splat(valid, numbers))
 
     def vector_at(address: Any, j: int, masked: bool) -> Any:
         place = b.inttoptr(b.add(address, ir.Constant(_i64, j * BYTES)), pointer)

@@ -10,12 +10,12 @@ from __future__ import annotations
 import hashlib
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numba import carray, njit
+from numba import carray
 
 from gpuconv.engines import numba_window
+from gpuconv.engines.numba_kept import kept
 from gpuconv.engines.numba_memory import numbers_at
 from gpuconv.engines.numba_team_loops import job
 from gpuconv.engines.numba_window import (
@@ -36,19 +36,9 @@ __all__ = ["LANES", "backward", "forward", "sums_at_once", "taps_at_once"]
 
 #: Numba looks at this file for changes; its vectors' come in by the name.
 _STAMP = hashlib.sha256(Path(numba_window.__file__).read_bytes()).hexdigest()[:12]
-_OPTIONS: dict[str, Any] = {"boundscheck": False, "nogil": True}
 
 
-def _compiled(function: Any) -> Any:
-    """Return a function compiled when first called, kept on disk where there is a place for it."""
-    try:
-        function.__qualname__ += f"_{_STAMP}"
-        return njit(cache=True, **_OPTIONS)(function)
-    except (OSError, RuntimeError):  # nowhere to keep it
-        return njit(**_OPTIONS)(function)
-
-
-@_compiled
+@kept(_STAMP)
 def _rows(kind, size, channels, x, w, y, bias, slope, zeros, steps, rows, columns, first, last):
     """Compute outputs ``first`` to ``last`` of the table of rows, all columns.
 
@@ -158,10 +148,10 @@ def forward(real: str, group: int) -> int:
             )  # fmt: skip
             done += end - i
 
-    return job(forwarded, _STAMP)
+    return job(forwarded, real, group, _STAMP)
 
 
-@_compiled
+@kept(_STAMP)
 def _gradients(kind, size, channels, dy, y, dz, db, repeats, slope, behind, columns, first, last):
     """Write the gradient in front of the activation, rows ``first`` to ``last``, and its sums."""
     dy_start, dy_row, dy_column = dy
@@ -183,7 +173,7 @@ def _gradients(kind, size, channels, dy, y, dz, db, repeats, slope, behind, colu
                 ))  # fmt: skip
 
 
-@_compiled
+@kept(_STAMP)
 def _sums(kind, size, channels, x, dz, dw, steps, rows, columns, first, last):
     """Add the weights' gradient of rows ``first`` to ``last`` of ``dz`` to ``dw``."""
     x_start, x_row, x_column = x
@@ -309,4 +299,4 @@ def backward(real: str, group: int) -> int:
                         sum_columns, i, min(i1, i + part),
                     )  # fmt: skip
 
-    return job(gone_back, _STAMP)
+    return job(gone_back, real, group, _STAMP)

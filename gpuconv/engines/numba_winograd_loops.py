@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from numba import njit
+
+from gpuconv.engines.numba_kept import kept
 from gpuconv.engines.numba_tile import ADD, BYTES, MOST_ROWS, ZERO, tile
 from gpuconv.engines.numba_transform import STAMP, copy_bytes, transform, zero_bytes
 
@@ -25,17 +28,26 @@ class Loops(NamedTuple):
     filter_grad: Callable[..., None]
 
 
+@njit(inline="always")
+def gather(
+    source, row, column, height, breadth, side_rows, side_columns, step_h, step_w, patch, held
+):
+    # Copies what of a tile lies inside the image into zeros.
+    zero_bytes(patch, side_rows * side_columns * held)
+    r0, r1 = max(0, -row), min(side_rows, height - row)
+    c0, c1 = max(0, -column), min(side_columns, breadth - column)
+    for r in range(r0, r1):
+        for c in range(c0, c1):
+            copy_bytes(
+                patch + (r * side_columns + c) * held,
+                source + (row + r) * step_h + (column + c) * step_w,
+                held,
+            )
+
+
 @cache
 def compiled(real: str, rows: tuple[int, int], columns: tuple[int, int]) -> Loops:
     """Return the loops for "float32" or "float64" and ``F(m, r)`` of rows and of columns."""
-    from numba import njit
-
-    options: dict[str, Any] = {
-        "nogil": True,
-        "cache": True,
-        "boundscheck": False,
-        "error_model": "numpy",
-    }
     method = " ".join(map(str, (*rows, *columns, STAMP)))
     of_input, of_taps = f"input {method}", f"taps {method}"
     of_outputs, of_gradient, of_sums = f"outputs {method}", f"gradient {method}", f"sums {method}"
@@ -48,7 +60,7 @@ def compiled(real: str, rows: tuple[int, int], columns: tuple[int, int]) -> Loop
     most = (*(int(n) for n in MOST_ROWS), STAMP)
     begin, add = ZERO, ADD
 
-    @njit(**options)
+    @kept(real, method)
     def filters(w, tap_row, tap_column, channel, channels, columns, out, stride, first, last):
         # out[k, block][channel, vector]: the order in which tiles read them.
         for block in range(first, last):
@@ -61,23 +73,7 @@ def compiled(real: str, rows: tuple[int, int], columns: tuple[int, int]) -> Loop
                     n_columns * stride, stride, vector, 0, 0,
                 )  # fmt: skip
 
-    @njit(inline="always")
-    def gather(
-        source, row, column, height, breadth, side_rows, side_columns, step_h, step_w, patch, held
-    ):
-        # Copies what of a tile lies inside the image into zeros.
-        zero_bytes(patch, side_rows * side_columns * held)
-        r0, r1 = max(0, -row), min(side_rows, height - row)
-        c0, c1 = max(0, -column), min(side_columns, breadth - column)
-        for r in range(r0, r1):
-            for c in range(c0, c1):
-                copy_bytes(
-                    patch + (r * side_columns + c) * held,
-                    source + (row + r) * step_h + (column + c) * step_w,
-                    held,
-                )
-
-    @njit(**options)
+    @kept(real, method)
     def correlate(
         source, steps, sizes, starts, channels, factors, filters, stride, target, places, counts, bias,
         rectify, columns, products, patch, run, tiles_at_once, share,
@@ -168,7 +164,7 @@ def compiled(real: str, rows: tuple[int, int], columns: tuple[int, int]) -> Loop
                             )
         return wrong
 
-    @njit(**options)
+    @kept(real, method)
     def factor_sums(
         source, steps, sizes, starts, channels, factors, gradient, places, counts, columns,
         products, sums, stride, patch, segment, tiles_at_once, share,
@@ -249,7 +245,7 @@ def compiled(real: str, rows: tuple[int, int], columns: tuple[int, int]) -> Loop
                             row_sum, add, 0, 0, width,
                         )  # fmt: skip
 
-    @njit(**options)
+    @kept(real, method)
     def filter_grad(sums, stride, columns, dw, tap_row, tap_column, channel, first, last):
         vectors = columns[-1, 0] + columns[-1, 1]
         row = vectors * vector

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from gpuconv import dispatch, settings, threads
+from gpuconv import dispatch, memory, settings, threads
 from gpuconv.activations import Activation
 from gpuconv.cuda import runtime
 from gpuconv.cuda.epilogue import example_bytes, output_grad
@@ -96,12 +97,12 @@ def conv(
         )
     with on(where):
         if out is None:
-            y = namespace(x).empty(plan.y_shape, x.dtype)
+            y = memory.empty_as(x, plan.y_shape)
         else:
             check_out(out, plan.y_shape, x, where)
             y = out
             if any(a is not None and overlap(out, a) for a in (x, w, b)):
-                y = namespace(x).empty(plan.y_shape, x.dtype)
+                y = memory.empty_as(x, plan.y_shape)
         if not plan.empty:
             chosen = dispatch.choose(problem, "forward", where.kind)
             with (
@@ -160,8 +161,7 @@ def conv_backward(
     problem = plan.problem
     check_gradient(plan.y_shape, act, dy, y)
     with on(where):
-        xp = namespace(x)
-        make = xp.zeros if plan.empty else xp.empty
+        make = namespace(x).zeros if plan.empty else partial(memory.empty_as, x)
         dx = make(x.shape, x.dtype) if need_x else None
         dw = make(w.shape, x.dtype) if need_w else None
         db = make((problem.out_channels,), x.dtype) if need_b else None
@@ -289,7 +289,7 @@ def over_parts(
         for a in results
     ]
     for some in cut:
-        made = [namespace(a).empty(a.shape, wide or a.dtype) for a in results]
+        made = [memory.empty_as(a, dtype=wide) for a in results]
         given = iter(made)
         part = problem.with_batch(some.stop - some.start)
         work(part, some, *(None if a is None else next(given) for a in (dw, db)))
@@ -331,9 +331,7 @@ def conjugate_weight_grad(
         if some is cut[0]:
             engine.weight_grad(part, dz_part, x_part, dw, db)
             continue
-        more_w, more_b = (
-            None if a is None else namespace(a).empty(a.shape, a.dtype) for a in (dw, db)
-        )
+        more_w, more_b = (None if a is None else memory.empty_as(a) for a in (dw, db))
         engine.weight_grad(part, dz_part, x_part, more_w, more_b)
         for total, value in ((dw, more_w), (db, more_b)):
             if total is not None:

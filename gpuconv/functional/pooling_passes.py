@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from gpuconv import settings
+from gpuconv import memory, settings
 from gpuconv.arguments import boolean
 from gpuconv.compiled import pooling as fast
-from gpuconv.device import device_of, namespace
+from gpuconv.device import device_of
 from gpuconv.engines import pooling as windowed
 from gpuconv.engines import pooling_max
 from gpuconv.engines.pooling import Windows
@@ -71,7 +71,7 @@ def pool(
         For :func:`pool_grad`: which cells the maxima are, a byte or two each; None for a mean.
     """
     w = Windows(x.shape[1:-1], kernel, stride, pads, 1)
-    y = namespace(x).empty((x.shape[0], *w.out, x.shape[-1]), x.dtype)
+    y = memory.empty_as(x, (x.shape[0], *w.out, x.shape[-1]))
     if not y.size:
         return y, None
     if mode == "max" and retain:
@@ -99,7 +99,7 @@ def pool_grad(
     kernel, stride, pads, mode
         As for :func:`pool`.
     """
-    dx = namespace(dy).empty(shape, dy.dtype)
+    dx = memory.empty_as(dy, shape)
     if not dx.size:
         return dx
     w = Windows(shape[1:-1], kernel, stride, pads, 1)
@@ -114,8 +114,7 @@ def pool_grad(
 
 def _largest(x: Array, shape: _Shape, w: Windows) -> tuple[Array, Array]:
     """Return the maxima and where they are."""
-    xp = namespace(x)
-    y, indices = xp.empty(shape, x.dtype), xp.empty(shape, "int64")
+    y, indices = memory.empty_as(x, shape), memory.empty_as(x, shape, "int64")
     if x.size:
         pooling_max.pool_indices(x, y, indices, w)
     return y, indices
@@ -192,7 +191,7 @@ def forward(
             return (y if out is None else out), indices
         y = out
         if y is None or overlap(y, x):
-            y = namespace(x).empty(shape, x.dtype)
+            y = memory.empty_as(x, shape)
         if x.size:
             windowed.pool(x, y, w, mode, padded)
         if out is not None and y is not out:
@@ -227,7 +226,7 @@ def max_backward(
     if indices is not None:
         _check_indices(indices, shape, x)
     with on(where):
-        dx = namespace(x).empty(x.shape, x.dtype)
+        dx = memory.empty_as(x)
         if x.size:
             # A device scatters with atomics, whose order changes the last bits.
             scattered = indices is not None and (
@@ -276,7 +275,7 @@ def average_backward(
     w, shape = _windows(nd, size, kernel, stride, padding, layout)
     _result("dy", dy, shape)
     with on(where):
-        dx = namespace(dy).empty(size, dy.dtype)
+        dx = memory.empty_as(dy, size)
         if dx.size:
             windowed.mean_grad(dy, dx, w, padded)
     return dx

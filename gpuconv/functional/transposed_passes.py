@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
-from gpuconv import dispatch
+from gpuconv import dispatch, memory
 from gpuconv.activations import Activation
 from gpuconv.cuda.epilogue import output_grad as device_output_grad
 from gpuconv.device import namespace
@@ -85,7 +86,7 @@ def conv_transpose(
     with on(where):
         y = out
         if y is None or any(a is not None and overlap(y, a) for a in (x, w, b)):
-            y = namespace(x).empty(plan.y_shape, x.dtype)
+            y = memory.empty_as(x, plan.y_shape)
         if not plan.empty:
             chosen = dispatch.choose(problem, "input_grad", where.kind)
             result = last(y, plan.x_axes)
@@ -164,8 +165,7 @@ def conv_transpose_backward(
     check_gradient(plan.y_shape, act, dy, y)
     problem = plan.problem
     with on(where):
-        xp = namespace(x)
-        make = xp.zeros if plan.empty else xp.empty
+        make = namespace(x).zeros if plan.empty else partial(memory.empty_as, x)
         dx = make(x.shape, x.dtype) if need_x else None
         dw = make(w.shape, x.dtype) if need_w else None
         db = make((problem.in_channels,), x.dtype) if need_b else None
