@@ -230,6 +230,8 @@ WGMMA = (
     # Nothing for those tiles: groups of 1 and 9 channels, a row more than a tile of mma.sync has.
     ("float16", "yx", convolution("no-wgmma", (1, 13, 5, 8), (1, 1, 1, 72), groups=8, splits=1,
                                   activation=None, bias=False)),
+    ("float16", "y", convolution("zero", (1, 3, 4, 8), (1, 1, 8, 8), bias=False,
+                                 activation="Affine(slope=0, intercept=0)")),
 )  # fmt: skip
 
 ACTIVATIONS = (
