@@ -227,6 +227,11 @@ WGMMA = (
                           bias=True)),
     ("float16", "yw", _wgmma("64x128", (1, 9, 9, 16), (2, 2, 16, 136), wgmma="64x128")),
     ("float16", "yxw", _wgmma("256x64", (2, 12, 12, 16), (3, 2, 16, 8), wgmma="256x64")),
+    # Nothing for those tiles: groups of 1 and 9 channels, a row more than a tile of mma.sync has.
+    ("float16", "yx", convolution("no-wgmma", (1, 13, 5, 8), (1, 1, 1, 72), groups=8, splits=1,
+                                  activation=None, bias=False)),
+    ("float16", "y", convolution("zero", (1, 3, 4, 8), (1, 1, 8, 8), bias=False,
+                                 activation="Affine(slope=0, intercept=0)")),
 )  # fmt: skip
 
 ACTIVATIONS = (
